@@ -1,0 +1,215 @@
+"""The accepted dataset as a Lightning datamodule: one batch is one optimizer step."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from restem_lightning.errors import UserError
+from restem_lightning.m_step.packing import StepBatch, TrainingSequence, epoch_order, pack_step
+
+_COLUMNS = ["prompt_ids", "completion_ids", "weight"]
+
+
+def read_accepted(path: str | Path) -> list[TrainingSequence]:
+    """Returns the sequences of an accepted dataset in file order.
+
+    Raises:
+        UserError: if a column is missing, no row is there, or a row cannot be trained on.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"accepted ({path}) must be a parquet file; run the E-step first")
+    missing = set(_COLUMNS) - set(pq.read_schema(path).names)
+    if missing:
+        raise UserError(f"accepted ({path}) must have the columns {_COLUMNS}; add {missing}")
+    table = pq.read_table(path, columns=_COLUMNS)
+    if table.num_rows == 0:
+        raise UserError(
+            f"accepted ({path}) holds 0 completions, at least 1 is needed; sample more completions"
+            " per problem, use easier problems or a better prompt"
+        )
+    prompts, completions = (_token_lists(table[name]) for name in _COLUMNS[:2])
+    weights = table["weight"].to_numpy()
+    sequences = []
+    for row, (prompt, completion, weight) in enumerate(
+        zip(prompts, completions, weights, strict=True)
+    ):
+        if len(prompt) == 0 or len(completion) == 0:
+            raise UserError(
+                f"row {row} of accepted ({path}) has {len(prompt)} prompt and {len(completion)}"
+                " completion tokens, each must be at least 1; drop it or add BOS to the prompt"
+            )
+        if not (math.isfinite(weight) and weight >= 0):
+            raise UserError(
+                f"weight ({weight}) in row {row} of accepted ({path}) must be finite and >= 0;"
+                " mend the weighting"
+            )
+        ids = np.concatenate([prompt, completion])
+        sequences.append(TrainingSequence(ids, len(prompt), float(weight)))
+    if not any(sequence.weight > 0 for sequence in sequences):
+        raise UserError(f"all weights of accepted ({path}) are 0; at least 1 must be more")
+    return sequences
+
+
+def _token_lists(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """Views of each row's int32 ids, without one Python object per token."""
+    lists = []
+    for chunk in column.chunks:
+        values = chunk.flatten().to_numpy().astype(np.int32, copy=False)
+        ends = np.cumsum(chunk.value_lengths().to_numpy(zero_copy_only=False))
+        lists += np.split(values, ends[:-1])
+    return lists
+
+
+class StepLoader:
+    """Yields one `StepBatch` per optimizer step; resumable at any of them.
+
+    The place is (epoch, next_step), counted here: Lightning saves and restores it through
+    `state_dict` and `load_state_dict`, so a resumed M-step goes on with exactly the next batch.
+    """
+
+    def __init__(
+        self,
+        sequences: list[TrainingSequence],
+        *,
+        batch_size: int,
+        row_tokens: int,
+        tokens_per_micro_batch: int,
+        seed: int,
+        rank: int,
+        num_ranks: int,
+    ) -> None:
+        """Holds the sequences; the arguments are those of `AcceptedDataModule`."""
+        self.sequences = sequences
+        self.batch_size = batch_size
+        self.row_tokens = row_tokens
+        self.tokens_per_micro_batch = tokens_per_micro_batch
+        self.seed = seed
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self.epoch = 0
+        self.next_step = 0
+
+    def __len__(self) -> int:
+        """Optimizer steps of an epoch."""
+        return math.ceil(len(self.sequences) / self.batch_size)
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        """Yields as many batches as an epoch has, from the current place on.
+
+        Lightning takes what its own epoch still needs (less, after a resume or under
+        `limit_train_batches`) and never asks for the end, so the place moves with each batch.
+        """
+        for _ in range(len(self)):
+            if self.next_step == len(self):
+                self.epoch, self.next_step = self.epoch + 1, 0
+            at = self.next_step * self.batch_size
+            order = epoch_order(len(self.sequences), self.seed, self.epoch)
+            self.next_step += 1
+            yield pack_step(
+                [self.sequences[index] for index in order[at : at + self.batch_size]],
+                row_tokens=self.row_tokens,
+                tokens_per_micro_batch=self.tokens_per_micro_batch,
+                rank=self.rank,
+                num_ranks=self.num_ranks,
+            )
+
+    def state_dict(self) -> dict[str, int]:
+        """The place of the next batch."""
+        return {"epoch": self.epoch, "next_step": self.next_step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes to a place that `state_dict` gave."""
+        self.epoch, self.next_step = state["epoch"], state["next_step"]
+
+
+class AcceptedDataModule(LightningDataModule):
+    """The accepted dataset, shuffled, packed and shared out to the ranks."""
+
+    def __init__(
+        self,
+        accepted: str | None = None,
+        *,
+        batch_size: int = 64,
+        row_tokens: int | None = None,
+        tokens_per_micro_batch: int = 4096,
+        seed: int = 0,
+    ) -> None:
+        """Sets what an optimizer step holds; memory knobs change no result.
+
+        Args:
+            accepted: parquet file of the accepted dataset; the loop sets it, once the E-step is
+                done.
+            batch_size: sequences per optimizer step over all ranks, at least 1; the last step of an
+                epoch takes what is left.
+            row_tokens: most tokens of a packed row, at least 2; longer sequences are dropped with a
+                warning. null = the longest sequence of the accepted dataset, so nothing is
+                dropped.
+            tokens_per_micro_batch: most tokens that go through the model at once on one rank (at
+                least one row does); lower it if memory runs out.
+            seed: seed of the shuffle, 0 or more; each epoch has its own order.
+
+        Raises:
+            UserError: if a number is out of its range.
+        """
+        super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("row_tokens", row_tokens, 2),
+            ("tokens_per_micro_batch", tokens_per_micro_batch, 1),
+            ("seed", seed, 0),
+        ):
+            if value is not None and value < least:
+                raise UserError(f"{name} ({value}) must be at least {least}; raise it")
+        self.accepted = accepted
+        self.batch_size = batch_size
+        self.row_tokens = row_tokens
+        self.tokens_per_micro_batch = tokens_per_micro_batch
+        self.seed = seed
+
+    def train_dataloader(self) -> StepLoader:
+        """Reads the accepted dataset (only now: the E-step ends after `setup`).
+
+        Raises:
+            UserError: if there is no accepted dataset or nothing in it can be trained on.
+        """
+        if self.accepted is None:
+            raise UserError("accepted (null) must be a parquet file; set data.accepted")
+        sequences = read_accepted(self.accepted)
+        longest = max(len(sequence.ids) for sequence in sequences)
+        row_tokens = self.row_tokens or longest
+        kept = [sequence for sequence in sequences if len(sequence.ids) <= row_tokens]
+        dropped = len(sequences) - len(kept)
+        if not kept:
+            raise UserError(
+                f"row_tokens ({row_tokens}) is less than every sequence of {self.accepted};"
+                f" raise it to {longest}, the longest"
+            )
+        if dropped:
+            rank_zero_warn(
+                f"row_tokens ({row_tokens}) drops {dropped} of {len(sequences)} sequences;"
+                f" the longest has {longest} tokens"
+            )
+        strategy = self.trainer.strategy if self.trainer is not None else None
+        ranks = {"rank": 0, "num_replicas": 1}
+        if isinstance(strategy, ParallelStrategy):
+            ranks = strategy.distributed_sampler_kwargs
+        return StepLoader(
+            kept,
+            batch_size=self.batch_size,
+            row_tokens=row_tokens,
+            tokens_per_micro_batch=self.tokens_per_micro_batch,
+            seed=self.seed,
+            rank=ranks["rank"],
+            num_ranks=ranks["num_replicas"],
+        )
+
+    def val_dataloader(self) -> range:
+        """One empty batch: validation is a hook for measuring reward by sampling, not a loss."""
+        return range(1)

@@ -1,0 +1,84 @@
+"""When an M-step stops, and which of its checkpoints becomes the policy."""
+
+from pathlib import Path
+from typing import Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from restem_lightning.errors import UserError
+
+StopRule = Literal["first_drop", "best", "none"]
+
+
+class _StopAtFirstDrop(EarlyStopping):
+    """EarlyStopping whose decision outlives a kill: Lightning restores the count, not the stop."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops at once if the checkpoint was written at the check that ended the M-step."""
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
+
+
+def stop_callbacks(
+    rule: StopRule,
+    *,
+    patience: int = 1,
+    folder: str | Path,
+    monitor: str = "val_reward",
+) -> list[Callback]:
+    """Returns Lightning's callbacks for a stop rule; all act at the end of each validation.
+
+    The `ModelCheckpoint` with a monitor keeps the best weights (`best_model_path`, a file
+    best-<step>.ckpt); the other keeps last-<step>.ckpt to resume from (see `resume_checkpoint`).
+    File names carry the step so that a new checkpoint is complete before the old one goes.
+
+    Args:
+        rule: "first_drop" stops at the check that makes `patience` checks in a row without
+            improvement (arXiv 2312.06585, algorithm 1) and "best" runs to the end; both use the
+            best weights. "none" runs to the end and uses the last weights.
+        patience: checks, at least 1; for "first_drop" only.
+        folder: where the checkpoints go; one for each M-step.
+        monitor: metric to maximise, logged at the end of validation.
+
+    Raises:
+        UserError: if rule or patience is not allowed.
+    """
+    if rule not in ("first_drop", "best", "none"):
+        raise UserError(f"stop rule ({rule}) must be first_drop, best or none; choose one")
+    if patience < 1:
+        raise UserError(f"patience ({patience}) must be at least 1 check; raise it")
+    last = ModelCheckpoint(
+        dirpath=folder,
+        filename="last-{step}",
+        auto_insert_metric_name=False,
+        enable_version_counter=False,
+        save_on_train_epoch_end=False,
+    )
+    if rule == "none":
+        return [last]
+    best = ModelCheckpoint(
+        dirpath=folder,
+        filename="best-{step}",
+        monitor=monitor,
+        mode="max",
+        save_weights_only=True,
+        auto_insert_metric_name=False,
+        enable_version_counter=False,
+        save_on_train_epoch_end=False,
+    )
+    # The last checkpoint is written last, so that it holds the others' state after this check.
+    if rule == "best":
+        return [best, last]
+    stop = _StopAtFirstDrop(monitor, mode="max", patience=patience, check_on_train_epoch_end=False)
+    return [stop, best, last]
+
+
+def resume_checkpoint(folder: str | Path) -> Path | None:
+    """Returns the newest complete last-<step>.ckpt of a killed M-step, None if there is none."""
+    complete = [
+        path
+        for path in Path(folder).glob("last-*.ckpt")
+        if path.is_file() or (path / "meta.pt").is_file()  # Lightning writes meta.pt last
+    ]
+    return max(complete, key=lambda path: int(path.stem.removeprefix("last-")), default=None)

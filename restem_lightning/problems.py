@@ -1,0 +1,406 @@
+"""Problems: the record, JSONL files, and readers of the original data-set formats."""
+
+import gzip
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from restem_lightning.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One problem whose answers can be checked.
+
+    Args:
+        problem_id: unique within the run.
+        question: the text put to the policy.
+        reference_answer: the known final answer (math, procedural).
+        reference_solution: a human solution that ends in the reference answer, if there is one.
+        tests: source of the unit tests (code).
+        entry_point: name of the function under test (code).
+        split: train, validation or held_out, as the source calls it.
+        source: the data set it comes from.
+        metadata: anything else, JSON-serialisable.
+    """
+
+    problem_id: str
+    question: str
+    reference_answer: str | None = None
+    reference_solution: str | None = None
+    tests: str | None = None
+    entry_point: str | None = None
+    split: str = ""
+    source: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class ProblemSource(Protocol):
+    """Anything that yields problems; named by class path in YAML."""
+
+    def load(self) -> list[Problem]:
+        """Returns the problems in a fixed order, the same at every call."""
+
+
+SEED_STRIDE = 1_000_000
+_TEXTS = ("problem_id", "question", "split", "source")
+_OPTIONALSEED_STRIDE = 1_000_000
+_TEXTS = ("reference_answer", "reference_solution", "tests", "entry_point")
+
+
+def problem_from_fields(values: dict[str, Any]) -> Problem:
+    """Returns the problem that a JSON object describes.
+
+    Raises:
+        UserError: an unknown or missing key, or a value of the wrong type.
+    """
+    allowed = tuple(item.name for item in fields(Problem))
+    if unknown := sorted(set(values) - set(allowed)):
+        raise UserError(f"unknown key {unknown[0]!r}; allowed: {', '.join(allowed)}")
+    for name in ("problem_id", "question"):
+        if not values.get(name):
+            raise UserError(f"{name} must be a non-empty string, not {values.get(name)!r}")
+    for name, value in values.items():
+        kind = str if name in _TEXTS else str | None if name in _OPTIONAL_TEXTS else dict
+        if not isinstance(value, kind):
+            wanted = "a JSON object" if kind is dict else "a string"
+            raise UserError(f"{name} must be {wanted}, not {value!r}")
+    return Problem(**values)
+
+
+def read_problems(path: str | Path) -> list[Problem]:
+    """Returns the problems of a JSONL file (.jsonl or .jsonl.gz), one JSON object a line.
+
+    Raises:
+        UserError: no such file, a malformed line, an unknown key, or a problem_id used twice.
+    """
+    problems: list[Problem] = []
+    line_of: dict[str, int] = {}
+    for number, row in _read_rows(Path(path)):
+        try:
+            problem = problem_from_fields(row)
+        except UserError as error:
+            raise UserError(f"{path} line {number}: {error}") from None
+        first = line_of.setdefault(problem.problem_id, number)
+        if first != number:
+            raise UserError(
+                f"{path} line {number}: problem_id {problem.problem_id!r} is already used in line "
+                f"{first}; give each problem its own id"
+            )
+        problems.append(problem)
+    return problems
+
+
+def write_problems(path: str | Path, problems: Iterable[Problem]) -> None:
+    """Writes problems as JSONL (.jsonl or .jsonl.gz); the file appears whole or not at all."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{os.getpid()}.{target.name}")
+    try:
+        with open_file(part, "wb") as file:
+            for problem in problems:
+                file.write(json.dumps(vars(problem)).encode() + b"\n")
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def check_splits(named: dict[str, list[Problem]]) -> None:
+    """Checks that no problem_id and no question text occurs in two splits.
+
+    Args:
+        named: the problems of each split by the split's name, e.g. "train" and "held_out".
+
+    Raises:
+        UserError: one does.
+    """
+    seen: dict[tuple[str, str], tuple[str, str]] = {}
+    for name, problems in named.items():
+        for problem in problems:
+            text = " ".join(problem.question.split())
+            for key in (("problem_id", problem.problem_id), ("question", text)):
+                other, other_id = seen.setdefault(key, (name, problem.problem_id))
+                if other != name:
+                    raise UserError(
+                        f"splits {other!r} and {name!r} share the {key[0]} {key[1][:80]!r} "
+                        f"(problems {other_id!r} and {problem.problem_id!r}); use disjoint slices "
+                        "(offset, num)"
+                    )
+
+
+class JsonlProblems:
+    """Problems of our own JSONL format."""
+
+    def __init__(self, path: str, split: str | None = None, num: int | None = None) -> None:
+        """Reads our own JSONL format.
+
+        Args:
+            path: a .jsonl or .jsonl.gz file, one problem a line.
+            split: keep only problems with this `split`; null keeps all.
+            num: how many to take, from the first; null takes all.
+        """
+        self._path, self._split, self._num = path, split, num
+
+    def load(self) -> list[Problem]:
+        """Returns the problems in file order."""
+        problems = read_problems(self._path)
+        if self._split is not None:
+            known = sorted({problem.split for problem in problems})
+            problems = [problem for problem in problems if problem.split == self._split]
+            if not problems:
+                raise UserError(f"{self._path} has no split {self._split!r}; it has {known}")
+        return _slice(problems, 0, self._num, self._path)
+
+
+class GSM8K:
+    """Grade-school word problems with integer answers (arXiv 2110.14168)."""
+
+    def __init__(self, path: str, split: str, num: int | None = None, offset: int = 0) -> None:
+        """Reads GSM8K in its original format (`question`, `answer` ending in `#### number`).
+
+        Args:
+            path: a folder with train/test .jsonl or .jsonl.gz, one such file, or else the id of a
+                Hugging Face data set such as openai/gsm8k (needs the `datasets` library).
+            split: train or test.
+            num: how many problems to take; null takes all that are left.
+            offset: how many to pass over first, so that slices of one split can be disjoint.
+        """
+        self._path, self._split, self._num, self._offset = path, split, num, offset
+
+    def load(self) -> list[Problem]:
+        """Returns the problems in file order, with ids such as gsm8k/train/17 (row 17, from 0)."""
+        problems = []
+        for index, row in enumerate(_rows_of(self._path, self._split, "main")):
+            where = f"{self._path} {self._split} row {index}"
+            question, answer = _text(row, "question", where), _text(row, "answer", where)
+            _, mark, number = answer.rpartition("####")
+            if not mark:
+                raise UserError(f"{where} has no '#### number' in its answer; is this GSM8K?")
+            problems.append(
+                Problem(
+                    problem_id=f"gsm8k/{self._split}/{index}",
+                    question=question,
+                    reference_answer=number.strip().replace(",", ""),
+                    reference_solution=answer,
+                    split=self._split,
+                    source="gsm8k",
+                )
+            )
+        return _slice(problems, self._offset, self._num, self._path)
+
+
+class MATH:
+    """Competition problems with answers in LaTeX (arXiv 2103.03874)."""
+
+    def __init__(
+        self,
+        path: str,
+        split: str,
+        num: int | None = None,
+        offset: int = 0,
+        subject: str | None = None,
+        level: int | None = None,
+    ) -> None:
+        r"""Reads MATH in its original format; the answer is the last \boxed{...} of the solution.
+
+        Args:
+            path: a folder with train/test .jsonl or .jsonl.gz, one such file, or else the id of a
+                Hugging Face data set (needs the `datasets` library).
+            split: train or test.
+            num: how many problems to take, after the filters; null takes all that are left.
+            offset: how many to pass over first, after the filters.
+            subject: keep only this subject, e.g. Algebra; null keeps all.
+            level: keep only this difficulty, 1 to 5; null keeps all.
+        """
+        self._path, self._split, self._num, self._offset = path, split, num, offset
+        self._subject, self._level = subject, level
+
+    def load(self) -> list[Problem]:
+        """Returns the problems in file order, with ids such as math/train/17 (row 17, from 0).
+
+        Rows whose box is missing or empty have no answer: dropped, and counted in a warning.
+        """
+        problems, dropped = [], []
+        for index, row in enumerate(_rows_of(self._path, self._split, None)):
+            problem = self._problem(index, row)
+            (problems if problem.reference_answer else dropped).append(problem)
+        if dropped:
+            names = ", ".join(problem.problem_id for problem in dropped[:5])
+            logger.warning(f"{self._path}: dropped {len(dropped)} without an answer: {names}")
+        problems = self._filter(problems, "subject", self._subject)
+        problems = self._filter(problems, "level", self._level)
+        return _slice(problems, self._offset, self._num, self._path)
+
+    def _problem(self, index: int, row: dict[str, Any]) -> Problem:
+        where = f"{self._path} {self._split} row {index}"
+        solution = _text(row, "solution", where)
+        digit = str(row.get("level", "")).removeprefix("Level ")
+        level = int(digit) if digit.isdecimal() else None
+        subject, unique_id = row.get("subject", row.get("type")), row.get("unique_id")
+        return Problem(
+            problem_id=f"math/{self._split}/{index}",
+            question=_text(row, "problem", where),
+            reference_answer=(last_boxed(solution) or "").strip(),
+            reference_solution=solution,
+            split=self._split,
+            source="math",
+            metadata={"subject": subject, "level": level, "unique_id": unique_id},
+        )
+
+    def _filter(self, problems: list[Problem], name: str, wanted: Any) -> list[Problem]:
+        if wanted is None:
+            return problems
+        kept = [problem for problem in problems if problem.metadata[name] == wanted]
+        if not kept:
+            known = sorted({str(problem.metadata[name]) for problem in problems})
+            raise UserError(f"{self._path} has no {name} {wanted!r}; it has {', '.join(known)}")
+        return kept
+
+
+class ReasoningGym:
+    """Generated problems with their own checkers (the reasoning-gym library, arXiv 2505.24760)."""
+
+    def __init__(
+        self, task: str, seed: int, num: int, split: str = "", config: dict[str, Any] | None = None
+    ) -> None:
+        """Generates problems of one reasoning-gym task (needs the `reasoning-gym` library).
+
+        Args:
+            task: name of the task, e.g. chain_sum.
+            seed: another one for each split; problem i has the library's seed `seed * 1000000 + i`
+                (the library itself shares all problems but one between neighbouring seeds).
+            num: how many problems, at least 1.
+            split: what the problems' `split` shall say.
+            config: further settings of the task, by their names there.
+        """
+        self._task, self._seed, self._num, self._split = task, seed, num, split
+        self._config = config or {}
+
+    def load(self) -> list[Problem]:
+        """Returns the problems with ids such as chain_sum/7/0 (task, seed, index).
+
+        `metadata` says how to generate the entry again, and holds it if JSON keeps it unchanged.
+        """
+        data = reasoning_gym_dataset(self._task, self._seed, self._num, self._config)
+        return [self._problem(index, data[index]) for index in range(self._num)]
+
+    def _problem(self, index: int, entry: dict[str, Any]) -> Problem:
+        metadata = {"task": self._task, "config": self._config, "seed": self._seed}
+        metadata |= {"size": self._num, "index": index}
+        if _survives_json(entry):
+            metadata["entry"] = entry
+        answer = entry["answer"]
+        return Problem(
+            problem_id=f"{self._task}/{self._seed}/{index}",
+            question=entry["question"],
+            reference_answer=None if answer is None else str(answer),
+            split=self._split,
+            source="reasoning_gym",
+            metadata=metadata,
+        )
+
+
+def reasoning_gym_dataset(task: str, seed: int, size: int, config: dict[str, Any]) -> Any:
+    """Returns reasoning-gym's data set object: indexable, with `score_answer(answer, entry)`.
+
+    Raises:
+        UserError: the library is missing, or it does not know the task or accept the settings.
+    """
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise UserError(f"task {task!r} needs `pip install reasoning-gym` ({error})") from error
+    try:
+        return reasoning_gym.create_dataset(task, seed=seed * SEED_STRIDE, size=size, **config)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UserError(f"reasoning_gym task {task!r} with config {config}: {error}") from error
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Returns what the last \boxed or \fbox holds, None if there is none or it is not closed."""
+    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    if start < 0:
+        return None
+    rest = text[start:].removeprefix("\\boxed").removeprefix("\\fbox").lstrip()
+    if not rest.startswith("{"):
+        bare = re.match(r"[^\s$]+", rest)
+        return bare[0].rstrip(".,") if bare else None
+    depth = 0
+    for token in re.finditer(r"\\.|[{}]", rest, re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(token[0], 0)
+        if depth == 0:
+            return rest[1 : token.start()]
+    return None
+
+
+def open_file(path: Path, mode: str) -> IO[bytes]:
+    """Opens a plain or, by the suffix .gz, a compressed file in a binary mode ("rb" or "wb")."""
+    return gzip.open(path, mode) if path.suffix == ".gz" else path.open(mode)
+
+
+def _survives_json(value: Any) -> bool:
+    try:
+        return repr(json.loads(json.dumps(value))) == repr(value)
+    except (TypeError, ValueError):
+        return False
+
+
+def _slice(problems: list[Problem], offset: int, num: int | None, path: str) -> list[Problem]:
+    end = len(problems) if num is None else offset + num
+    if not 0 <= offset < end <= len(problems):
+        raise UserError(
+            f"offset ({offset}) and num ({num}) do not fit {path}: it has {len(problems)} such "
+            "problems; choose offset >= 0, num >= 1 and offset + num at most that"
+        )
+    return problems[offset:end]
+
+
+def _text(row: dict[str, Any], name: str, where: str) -> str:
+    if not isinstance(row.get(name), str):
+        raise UserError(f"{where} has no text field {name!r}; it has {', '.join(row)}")
+    return row[name]
+
+
+def _read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    if not path.is_file():
+        raise UserError(f"{path} is not a file; give the path of a .jsonl or .jsonl.gz file")
+    with open_file(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise UserError(f"{path} line {number} is not a JSON object: {line[:60]!r}")
+            yield number, row
+
+
+def _rows_of(path: str, split: str, hub_config: str | None) -> Iterable[dict[str, Any]]:
+    place = Path(path)
+    if place.is_dir():
+        names = [f"{split}.jsonl", f"{split}.jsonl.gz"]
+        found = [place / name for name in names if (place / name).is_file()]
+        if not found:
+            raise UserError(f"{path} has no {' or '.join(names)}; choose another path or split")
+        return (row for _, row in _read_rows(found[0]))
+    if place.exists() or path.endswith((".jsonl", ".jsonl.gz")) or path.count("/") != 1:
+        return (row for _, row in _read_rows(place))
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{path} is no folder or file here; for Hugging Face data sets, `pip install datasets`"
+        ) from None
+    try:
+        return datasets.load_dataset(path, hub_config, split=split)
+    except (OSError, ValueError) as error:
+        raise UserError(f"Hugging Face data set {path!r}, split {split!r}: {error}") from error

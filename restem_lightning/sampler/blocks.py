@@ -1,0 +1,51 @@
+"""BlockPool: which blocks of the KV cache are free."""
+
+import heapq
+
+
+class BlockPool:
+    """Hands out cache blocks: private ones from the low end, shared ones from the high end.
+
+    Keeping the private blocks together lets the attention read them in place, without a gather.
+    """
+
+    def __init__(self, num_blocks: int):
+        """Starts with every block free.
+
+        Args:
+            num_blocks: blocks in the cache.
+        """
+        self.num_blocks = num_blocks
+        self._low = list(range(num_blocks))
+        self._high = [-block for block in reversed(range(num_blocks))]
+        self._free = set(range(num_blocks))
+
+    @property
+    def num_free(self) -> int:
+        """Returns the number of free blocks."""
+        return len(self._free)
+
+    def allocate_private(self) -> int:
+        """Returns the lowest free block and takes it."""
+        while (block := heapq.heappop(self._low)) not in self._free:
+            pass
+        self._free.remove(block)
+        return block
+
+    def allocate_shared(self, num: int) -> list[int]:
+        """Returns the num highest free blocks and takes them."""
+        taken = []
+        for _ in range(num):
+            while (block := -heapq.heappop(self._high)) not in self._free:
+                pass
+            self._free.remove(block)
+            taken.append(block)
+        return taken
+
+    def release(self, blocks: list[int]) -> None:
+        """Makes blocks free again."""
+        for block in blocks:
+            assert block not in self._free
+            self._free.add(block)
+            heapq.heappush(self._low, block)
+            heapq.heappush(self._high, -block)

@@ -1,0 +1,195 @@
+"""Answers as text: light normalisation, exact numbers, units, lists; no computer algebra."""
+
+import re
+from fractions import Fraction
+
+MAX_POWER_BITS = 4_000
+
+_WRAPPED = re.compile(r"\\(?:boxed|fbox|text|displaystyle)\s*\{(.*)\}", re.DOTALL)
+_TEXT_COMMAND = re.compile(r"\\(?:mathrm|mathbf|mathit|textbf|textrm|textit|textnormal|mbox)\s*\{")
+_REPLACEMENTS = (
+    (re.compile(r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])|(?<!\\)\\!|\\?\$"), ""),
+    (_TEXT_COMMAND, r"\\text{"),
+    (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
+    (re.compile(r"\\frac\s*(\d)\s*(\d)"), r"\\frac{\1}{\2}"),
+    (re.compile(r"(?<=\d)(?:\{,\}|\\,)(?=\d{3})"), ","),
+    (re.compile(r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])"), " "),
+    (re.compile(r"\\%"), "%"),
+    (re.compile(r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ|\\degree|\u00b0"), r"^\\circ"),
+    (re.compile("\u2212"), "-"),
+    (re.compile("\u00d7"), r"\\times "),
+    (re.compile("\u03c0"), r"\\pi "),
+    (re.compile("\u221e"), r"\\infty "),
+    (re.compile(r"\s+"), " "),
+    # No space is left but between letters, digits or points, and after a comma before a digit.
+    (re.compile(r"(?<![A-Za-z0-9.,]) | (?![A-Za-z0-9.])|(?<=,) (?!\d)"), ""),
+)
+
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
+_PLAIN = re.compile(rf"{_DIGITS}(?:\.\d*)?|\.\d+")
+_FRACTION = re.compile(
+    r"(?P<whole>\d+)?\\frac\{(?P<top>[^{}]+)\}\{(?P<bottom>[^{}]+)\}"
+    r"|(?:(?P<whole2>\d+) )?(?P<top2>[^/{} ]+)/(?P<bottom2>[^/{} ]+)"
+)
+_SCIENTIFIC = re.compile(
+    r"([\d.,]+)(?:\\times|\\cdot|\*)10\^\{?(-?\d{1,3})\}?|([\d.]+)[eE](-?\d{1,3})"
+)
+_POWER = re.compile(r"(\d{1,50})\^\{?(-?\d{1,4})\}?")
+_UNIT = re.compile(
+    r"(?P<value>.*[\d}.])"
+    r"(?: ?\\text\{ ?(?P<text>[A-Za-z ]+)\.?\}| ?(?P<word>[A-Za-z]{2}[A-Za-z ]*))"
+    r"(?:\^\{?(?P<power>[23])\}?)?"
+)
+_UNITS = {
+    **dict.fromkeys(("dollar", "dollars", "usd", "bucks"), "dollar"),
+    **dict.fromkeys(("cent", "cents"), "cent"),
+    **dict.fromkeys(("degree", "degrees"), "degree"),
+    **dict.fromkeys(("percent", "per cent"), "%"),
+    **dict.fromkeys(("unit", "units"), "unit"),
+    **dict.fromkeys(("mm", "millimeter", "millimeters"), "mm"),
+    **dict.fromkeys(("cm", "centimeter", "centimeters"), "cm"),
+    **dict.fromkeys(("m", "meter", "meters", "metre", "metres"), "m"),
+    **dict.fromkeys(("km", "kilometer", "kilometers"), "km"),
+    **dict.fromkeys(("in", "inch", "inches"), "in"),
+    **dict.fromkeys(("ft", "foot", "feet"), "ft"),
+    **dict.fromkeys(("yd", "yard", "yards"), "yd"),
+    **dict.fromkeys(("mi", "mile", "miles"), "mi"),
+    **dict.fromkeys(("g", "gram", "grams"), "g"),
+    **dict.fromkeys(("kg", "kilogram", "kilograms"), "kg"),
+    **dict.fromkeys(("oz", "ounce", "ounces"), "oz"),
+    **dict.fromkeys(("lb", "lbs", "pound", "pounds"), "lb"),
+    **dict.fromkeys(("ml", "milliliter", "milliliters"), "ml"),
+    **dict.fromkeys(("l", "liter", "liters", "litre", "litres"), "l"),
+    **dict.fromkeys(("gallon", "gallons"), "gallon"),
+    **dict.fromkeys(("s", "sec", "second", "seconds"), "s"),
+    **dict.fromkeys(("min", "mins", "minute", "minutes"), "min"),
+    **dict.fromkeys(("h", "hr", "hrs", "hour", "hours"), "h"),
+    **dict.fromkeys(("day", "days"), "day"),
+    **dict.fromkeys(("week", "weeks"), "week"),
+    **dict.fromkeys(("month", "months"), "month"),
+    **dict.fromkeys(("year", "years"), "year"),
+    **dict.fromkeys(("mph", "miles per hour"), "mph"),
+}
+_POWERS = {"square": "2", "sq": "2", "cubic": "3"}
+_CONJUNCTION = re.compile(r"\\text\{ ?(?:or|and) ?\}|\b(?:or|and)\b")
+_OPENING, _CLOSING = "([{", ")]}"
+
+
+def bare(answer: str) -> str:
+    r"""Returns the answer without delimiters, wrappers, layout commands and needless spaces.
+
+    Money signs go too. Spaces between digits stay: `10 24` is not 1024.
+    """
+    answer = answer.strip()
+    if answer.startswith("**") or answer.startswith("`"):
+        answer = answer.strip("*` ")
+    for pattern, replacement in _REPLACEMENTS:
+        answer = pattern.sub(replacement, answer)
+    while True:
+        inner = re.sub(r"^\\[(\[](.*)\\[)\]]$", r"\1", answer.strip().rstrip(".,;:"))
+        wrapped = _WRAPPED.fullmatch(inner)
+        if wrapped and _is_balanced(wrapped[1]):
+            inner = wrapped[1]
+        elif inner[:1] == "(" and inner[-1:] == ")" and _is_balanced(inner[1:-1]):
+            inner = inner[1:-1] if len(_split(inner[1:-1])) == 1 else inner
+        if inner == answer:
+            return answer
+        answer = inner
+
+
+def exact_number(text: str) -> Fraction | None:
+    r"""Returns the exact value of a bare number, None if it is anything else.
+
+    Integers and decimals with or without thousands separators (in correct groups of three), a/b,
+    \frac{a}{b}, mixed numbers, a \times 10^b, and powers of integers that stay small.
+    """
+    sign = -1 if text.startswith("-") else 1
+    text = text.removeprefix("-").removeprefix("+") if text[:1] in "+-" else text
+    if _PLAIN.fullmatch(text):
+        return sign * Fraction(text.replace(",", "").rstrip("."))
+    if match := _FRACTION.fullmatch(text):
+        top = exact_number(match["top"] or match["top2"])
+        bottom = exact_number(match["bottom"] or match["bottom2"])
+        whole = match["whole"] or match["whole2"]
+        if top is None or not bottom or (whole and not 0 < top < bottom):
+            return None
+        return sign * (int(whole or 0) + top / bottom)
+    if match := _SCIENTIFIC.fullmatch(text):
+        factor = exact_number(match[1] or match[3])
+        return None if factor is None else sign * factor * Fraction(10) ** int(match[2] or match[4])
+    if match := _POWER.fullmatch(text):
+        base, exponent = int(match[1]), int(match[2])
+        if base.bit_length() * abs(exponent) <= MAX_POWER_BITS and (base or exponent > 0):
+            return sign * Fraction(base) ** exponent
+    return None
+
+
+def quantity(text: str) -> tuple[Fraction | None, str]:
+    """Returns the exact value of a number and its unit ("" for none, "%", "cm2", ...)."""
+    if text.endswith("%"):
+        return exact_number(text[:-1].strip()), "%"
+    if text.endswith(r"^\circ"):
+        return exact_number(text.removesuffix(r"^\circ")), "degree"
+    if match := _UNIT.fullmatch(text):
+        words = (match["text"] or match["word"]).lower().split()
+        power = match["power"] or ""
+        if len(words) > 1 and words[0] in _POWERS:
+            power = _POWERS[words.pop(0)]
+        unit = _UNITS.get(" ".join(words))
+        if unit is not None:
+            return exact_number(match["value"].strip()), unit + power
+    return exact_number(text), ""
+
+
+def split_items(text: str) -> tuple[str, list[str]]:
+    r"""Returns the brackets around a list and its items.
+
+    The brackets are two characters such as "()" or "[)", "{}" for \{...\}, or "" for none.
+    """
+    if exact_number(text) is not None:
+        return "", [text]
+    plain = text.replace(r"\{", "{").replace(r"\}", "}") if text.startswith(r"\{") else text
+    is_set = plain is not text
+    if plain[:1] in ("(", "[", "{"[: int(is_set)] or "(") and plain[-1:] in tuple(")]}"):
+        inner = plain[1:-1]
+        items = [bare(item) for item in _split(inner)]
+        if _is_balanced(inner) and (len(items) > 1 or is_set):
+            return plain[0] + plain[-1], items
+    parts = _split(_CONJUNCTION.sub("\0", _expand_sign(text)))
+    return "", [bare(part) for part in parts]
+
+
+def _expand_sign(text: str) -> str:
+    r"""Writes a\pm b as the two values that it stands for."""
+    if text.count(r"\pm") != 1:
+        return text
+    plus = text.replace(r"\pm", "+").removeprefix("+")
+    return plus + "\0" + text.replace(r"\pm", "-")
+
+
+def _split(text: str) -> list[str]:
+    """Splits at commas (and separators) outside brackets."""
+    items, depth = [""], 0
+    for char in text:
+        depth += (char in _OPENING) - (char in _CLOSING)
+        if depth == 0 and char in ",\0":
+            items.append("")
+        else:
+            items[-1] += char
+    return [item for item in items if item.strip()]
+
+
+def nesting(text: str) -> int:
+    """Returns how deep brackets are nested, whatever their kinds; -1 if one closes too early."""
+    depth = deepest = 0
+    for char in text:
+        depth += (char in _OPENING) - (char in _CLOSING)
+        deepest = max(deepest, depth)
+        if depth < 0:
+            return -1
+    return deepest
+
+
+def _is_balanced(text: str) -> bool:
+    opened = sum(char in _OPENING for char in text)
+    return nesting(text) >= 0 and opened == sum(char in _CLOSING for char in text)

@@ -1,0 +1,89 @@
+"""One rank of test_fsdp.py: trains, keeps the best weights, exports; writes the losses.
+
+Usage: torchrun ... fsdp_worker.py '{"case": {"strategy", "policy", "accepted", "folder", ...}}'
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+from restem_lightning.m_step import (
+    AcceptedDataModule,
+    PolicyModule,
+    export_policy,
+    load_best,
+    resume_checkpoint,
+    stop_callbacks,
+)
+
+
+class Watch(pl.Callback):
+    """Keeps losses and gives the best reward to optimizer step 4; may die at a given step."""
+
+    def __init__(self, die_at):
+        self.losses, self.norms, self.die_at = [], [], die_at
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(trainer.callback_metrics["train_loss"].item())
+        self.norms.append(trainer.callback_metrics["gradient_norm"].item())
+        if trainer.global_step == self.die_at:
+            raise InterruptedError
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.log("val_reward", float(trainer.global_step == 4))
+
+
+def strategy(name):
+    if name == "ddp":
+        return DDPStrategy()
+    return ModelParallelStrategy(
+        data_parallel_size=2,
+        tensor_parallel_size=1,
+        save_distributed_checkpoint=name == "fsdp",
+    )
+
+
+def run(case, die_at=None):
+    folder = Path(case["folder"])
+    watch = Watch(die_at)
+    callbacks = stop_callbacks("best", folder=folder / "m_step")
+    module = PolicyModule(case["policy"], **case["module"])
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy(case["strategy"]),
+        callbacks=[watch, *callbacks],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        max_epochs=2,
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        precision=case.get("precision", "32-true"),
+    )
+    data = AcceptedDataModule(case["accepted"], **case["data"])
+    trainer.fit(module, data, ckpt_path=resume_checkpoint(folder / "m_step"))
+    export_policy(module, folder / "final", source_policy=case["policy"])
+    (best,) = (c for c in callbacks if isinstance(c, ModelCheckpoint) and c.monitor)
+    load_best(module, best.best_model_path)
+    export_policy(module, folder / "best", source_policy=case["policy"])
+    if trainer.is_global_zero:
+        result = {"losses": watch.losses, "norms": watch.norms, "steps": trainer.global_step}
+        (folder / "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for each in json.loads(sys.argv[1]).values():
+        if "die_at" in each:
+            try:
+                run(each, each["die_at"])
+            except InterruptedError:
+                pass
+        run(each)

@@ -1,0 +1,298 @@
+import random
+import time
+
+import pyarrow as pa
+import pytest
+
+from restem_lightning.completions import (
+    Completion,
+    CompletionStore,
+    Verdict,
+    VerdictKind,
+    to_table,
+)
+from restem_lightning.errors import UserError
+from restem_lightning.selection import (
+    ACCEPTED_SCHEMA,
+    SelectionParams,
+    empty_reason,
+    equations,
+    read_accepted,
+    select_completions,
+    write_accepted,
+)
+
+KINDS = [VerdictKind.CORRECT, VerdictKind.WRONG, VerdictKind.NO_ANSWER]
+
+
+def completion(
+    problem_id="p", index=0, text="t", kind=VerdictKind.CORRECT, finish="eos"
+) -> Completion:
+    return Completion(
+        iteration=1,
+        problem_id=problem_id,
+        completion_index=index,
+        seed=0,
+        prompt_ids=[1, 2],
+        completion_ids=[index, 9],
+        text=text,
+        logprobs=[-1.0, -0.5],
+        sampling_logprobs=[-0.25, -0.125],
+        finish_reason=finish,
+        policy_hash="abc",
+        sampling="{}",
+        verdict=Verdict(kind=kind, elapsed_s=random.random()),
+        verifier="math/1",
+    )
+
+
+def pool(num_problems=12, per_problem=20, seed=0) -> list[Completion]:
+    rng = random.Random(seed)
+    return [
+        completion(
+            f"p{number}",
+            index,
+            text=f"{rng.randrange(2)} + {rng.randrange(2)} = {rng.choice('12')}",
+            kind=rng.choice(KINDS),
+            finish=rng.choice(["eos", "eos", "length"]),
+        )
+        for number in range(num_problems)
+        for index in range(per_problem)
+    ]
+
+
+def of_texts(*texts: str) -> pa.Table:
+    return to_table([completion(index=i, text=text) for i, text in enumerate(texts)])
+
+
+def addresses(accepted: pa.Table) -> list[tuple[str, int]]:
+    columns = (accepted[name].to_pylist() for name in ("problem_id", "completion_index"))
+    return list(zip(*columns, strict=True))
+
+
+def kept(table: pa.Table, **arguments) -> list[int]:
+    return select_completions(table, **arguments).accepted["completion_index"].to_pylist()
+
+
+def test_only_correct_and_complete_completions_are_accepted():
+    completions = [completion(index=i, kind=kind) for i, kind in enumerate(VerdictKind)]
+    completions.append(completion(index=7, finish="length"))
+    completions.append(completion(index=8, finish="stop"))
+    assert kept(to_table(completions)) == [0, 8]
+
+
+def test_the_accepted_dataset_has_its_columns_and_the_sampled_tokens():
+    accepted = select_completions(to_table([completion(index=3, text="x")])).accepted
+    assert accepted.schema.equals(ACCEPTED_SCHEMA, check_metadata=True)
+    assert accepted.to_pylist() == [
+        {
+            "problem_id": "p",
+            "completion_index": 3,
+            "prompt_ids": [1, 2],
+            "completion_ids": [3, 9],
+            "text": "x",
+            "logprobs": [-1.0, -0.5],
+            "weight": 1.0,
+        }
+    ]
+
+
+@pytest.mark.parametrize("select", ["first", "random", "diverse"])
+@pytest.mark.parametrize("dedupe", ["none", "exact", "normalized", "equations"])
+def test_the_result_does_not_depend_on_rows_or_parts(tmp_path, select, dedupe):
+    arguments = {"max_per_problem": 2, "select": select, "dedupe": dedupe, "seed": 4}
+    completions = pool()
+    expected = select_completions(to_table(completions), **arguments)
+    shuffled = random.Random(1).sample(completions, len(completions))
+    assert select_completions(to_table(shuffled), **arguments) == expected
+    store = CompletionStore(tmp_path)
+    for index, numbers in enumerate([(7,), (0, 3, 11), (1, 2, 4, 5, 6, 8, 9, 10)]):
+        names = {f"p{number}" for number in numbers}
+        store.write_part(index, [one for one in shuffled if one.problem_id in names])
+    assert select_completions(store, **arguments) == expected
+
+
+def test_order_is_by_problem_id_then_completion_index():
+    found = addresses(select_completions(to_table(pool()), select="random").accepted)
+    assert found == sorted(found)
+    assert len(found) > 10
+
+
+def test_the_funnel_adds_up():
+    completions = pool()
+    selection = select_completions(to_table(completions), max_per_problem=2, dedupe="exact")
+    whole = [one for one in completions if one.finish_reason != "length"]
+    correct = [one for one in whole if one.verdict.reward == 1.0]
+    distinct = {(one.problem_id, one.text) for one in correct}
+    solved = {one.problem_id for one in correct}
+    counts = {name: sum(1 for pid, _ in distinct if pid == name) for name in solved}
+    accepted = sum(min(2, count) for count in counts.values())
+    assert selection.funnel == {
+        "completions": len(completions),
+        "not_truncated": len(whole),
+        "correct": len(correct),
+        "distinct": len(distinct),
+        "accepted": accepted,
+        "num_problems": 12,
+        "num_solved": len(solved),
+        "acceptance_rate": accepted / len(completions),
+        "verdicts": {
+            kind.value: sum(one.verdict.kind is kind for one in completions)
+            for kind in sorted(KINDS, key=lambda kind: kind.value)
+        },
+    }
+    assert selection.accepted.num_rows == accepted
+    assert len(whole) > len(correct) > len(distinct) > accepted
+
+
+@pytest.mark.parametrize(
+    ("dedupe", "expected"), [("none", [0, 1, 2, 3]), ("exact", [0, 2, 3]), ("normalized", [0, 3])]
+)
+def test_dedupe_keeps_the_first_of_equal_texts(dedupe, expected):
+    table = of_texts("So 3+4=7.", "So 3+4=7.", "so  3 + 4 = 7 .", "So 4+3=7.")
+    assert kept(table, dedupe=dedupe) == expected
+
+
+def test_dedupe_by_equations_ignores_words_but_not_other_steps():
+    table = of_texts(
+        "Adding, 3 + 4 = 7.",
+        "We get 3+4 = <<3+4=7>>7 apples.",
+        "Adding, 4 + 3 = 7.",
+        "3 + 4 = 7 and 7 * 2 = 14",
+        "The answer is seven.",
+        "the answer is  seven .",
+        "It is seven.",
+    )
+    assert kept(table, dedupe="equations") == [0, 2, 3, 4, 6]
+
+
+def test_dedupe_is_within_a_problem():
+    table = to_table([completion("a", text="same"), completion("b", text="same")])
+    assert select_completions(table, dedupe="exact").accepted.num_rows == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("48/2 = <<48/2=24>>24 clips", ("48/2=24",)),
+        ("48/2 = 24 <<48/2=24>>", ("48/2=24",)),
+        ("costs $1,200.50 - $200 = $1,000.50.", ("$1,200.50-$200=$1,000.50",)),
+        ("(3 + 4) * 2 = 7 * 2 = 14", ("(3+4)*2=7*2=14",)),
+        ("x = 5, 2x = 10", ()),
+        ("room 5 3+4=7", ("3+4=7",)),
+        (r"3 \times 4 = 12", (r"3\times4=12",)),
+        ("20% * 50 = 10, .5 + .5 = 1", ("20%*50=10", ".5+.5=1")),
+        ("7 = ( 3 + 4 ) and -3 = -3", ("7=(3+4)",)),
+        ("<<7>> and <<total=3>>", ("total=3",)),
+    ],
+)
+def test_equations_of_a_text(text, expected):
+    assert equations(text) == expected
+
+
+@pytest.mark.parametrize("unit", ["1 + ", "1+", "(", "( ", "1", "1,111", "1 ) ", "<<", "1 = ", "-"])
+def test_no_text_makes_the_search_for_equations_slow(unit):
+    # Backtracking would take minutes here (exponential) or seconds (quadratic).
+    start = time.perf_counter()
+    equations(unit * 10_000 + "!")
+    assert time.perf_counter() - start < 1.0
+
+
+def test_first_keeps_the_lowest_indices():
+    assert kept(of_texts(*"abcdef"), max_per_problem=3) == [0, 1, 2]
+
+
+def test_no_limit_keeps_all():
+    assert kept(of_texts(*(str(i) for i in range(30))), max_per_problem=None) == list(range(30))
+
+
+def test_random_depends_on_seed_and_problem_but_on_no_other_problem():
+    table = to_table([completion(f"p{n}", i) for n in range(30) for i in range(8)])
+    found = addresses(select_completions(table, max_per_problem=2, select="random").accepted)
+    other = select_completions(table, max_per_problem=2, select="random", seed=1).accepted
+    assert found != addresses(other)
+    chosen = {tuple(i for pid, i in found if pid == f"p{n}") for n in range(30)}
+    assert len(chosen) > 5
+    alone = table.filter(pa.compute.equal(table["problem_id"], "p17"))
+    selection = select_completions(alone, max_per_problem=2, select="random")
+    assert addresses(selection.accepted) == [one for one in found if one[0] == "p17"]
+
+
+def test_random_is_uniform_over_completions():
+    table = to_table([completion(f"p{n}", i) for n in range(600) for i in range(6)])
+    indices = kept(table, max_per_problem=1, select="random")
+    counts = [indices.count(i) for i in range(6)]
+    chi_square = sum((count - 100) ** 2 / 100 for count in counts)
+    assert chi_square < 15.1  # 99 % quantile with 5 degrees of freedom
+
+
+def test_diverse_starts_at_the_first_and_takes_the_farthest():
+    table = of_texts("a b c d", "a b c e", "x y z w", "a b x y")
+    assert kept(table, max_per_problem=2, select="diverse") == [0, 2]
+    assert kept(table, max_per_problem=3, select="diverse") == [0, 2, 3]
+
+
+def test_two_writes_of_one_selection_have_the_same_bytes(tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        shuffled = random.Random(seed).sample(pool(), 240)
+        write_accepted(tmp_path / name, select_completions(to_table(shuffled)).accepted)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_the_accepted_dataset_survives_the_file(tmp_path):
+    accepted = select_completions(to_table(pool())).accepted
+    write_accepted(tmp_path / "accepted.parquet", accepted)
+    found = read_accepted(tmp_path / "accepted.parquet")
+    assert found.equals(accepted)
+    assert found.schema.metadata == accepted.schema.metadata
+
+
+def test_a_damaged_accepted_dataset_is_a_user_error(tmp_path):
+    path = tmp_path / "accepted.parquet"
+    with pytest.raises(UserError, match=r"accepted\.parquet is missing"):
+        read_accepted(path)
+    path.write_bytes(b"PAR1 no more")
+    with pytest.raises(UserError, match=r"accepted\.parquet is missing or damaged"):
+        read_accepted(path)
+
+
+def test_a_completion_that_is_there_twice_is_refused():
+    table = to_table([completion("q", 5), completion("q", 5)])
+    with pytest.raises(UserError, match="'q'"):
+        select_completions(table)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_per_problem": 0}, r"max_per_problem \(0\)"),
+        ({"select": "best"}, r"select \('best'\).*first, random, diverse"),
+        ({"dedupe": "fuzzy"}, r"dedupe \('fuzzy'\).*equations"),
+    ],
+)
+def test_values_that_are_not_allowed_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        SelectionParams(**arguments)
+    with pytest.raises(UserError, match=message):
+        select_completions(of_texts("a"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("completions", "message"),
+    [
+        ([], "no completion was drawn"),
+        ([completion(kind=VerdictKind.ERROR)], "1 of 1 verdicts are ERROR"),
+        ([completion(kind=VerdictKind.TIMEOUT)], "time limit"),
+        ([completion(kind=VerdictKind.WRONG, finish="length")], "max_new_tokens"),
+        (
+            [completion(finish="length"), completion(index=1, kind=VerdictKind.WRONG)],
+            "1 correct completions are truncated",
+        ),
+        ([completion(kind=VerdictKind.NO_ANSWER)], "change the prompt"),
+        ([completion(kind=VerdictKind.WRONG)], "temperature"),
+    ],
+)
+def test_the_reason_of_an_empty_dataset_names_the_stage_and_a_remedy(completions, message):
+    selection = select_completions(to_table(completions))
+    assert selection.accepted.num_rows == 0
+    assert message in empty_reason(selection.funnel)
