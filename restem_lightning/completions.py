@@ -1,5 +1,6 @@
 """Verdicts and completions: what the E-step records about everything that a policy wrote."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -122,6 +123,10 @@ class Completion:
     sampling: str
     verdict: Verdict = field(default_factory=lambda: Verdict(kind=VerdictKind.ERROR))
     verifier: str = ""
+
+    def with_verdict(self, verdict: Verdict) -> "Completion":
+        """Returns the same completion with a verdict."""
+        return dataclasses.replace(self, verdict=verdict)
 
 
 def to_table(completions: Sequence[Completion]) -> pa.Table:

@@ -51,8 +51,7 @@ class ProblemSource(Protocol):
 
 SEED_STRIDE = 1_000_000
 _TEXTS = ("problem_id", "question", "split", "source")
-_OPTIONALSEED_STRIDE = 1_000_000
-_TEXTS = ("reference_answer", "reference_solution", "tests", "entry_point")
+_OPTIONAL_TEXTS = ("reference_answer", "reference_solution", "tests", "entry_point")
 
 
 def problem_from_fields(values: dict[str, Any]) -> Problem:
@@ -70,8 +69,9 @@ def problem_from_fields(values: dict[str, Any]) -> Problem:
     for name, value in values.items():
         kind = str if name in _TEXTS else str | None if name in _OPTIONAL_TEXTS else dict
         if not isinstance(value, kind):
-            wanted = "a JSON object" if kind is dict else "a string"
-            raise UserError(f"{name} must be {wanted}, not {value!r}")
+            raise UserError(
+                f"{name} must be {'an object' if kind is dict else 'a string'}: {value!r}"
+            )
     return Problem(**values)
 
 
@@ -83,7 +83,7 @@ def read_problems(path: str | Path) -> list[Problem]:
     """
     problems: list[Problem] = []
     line_of: dict[str, int] = {}
-    for number, row in _read_rows(Path(path)):
+    for number, row in read_rows(Path(path)):
         try:
             problem = problem_from_fields(row)
         except UserError as error:
@@ -153,9 +153,9 @@ class JsonlProblems:
         problems = read_problems(self._path)
         if self._split is not None:
             known = sorted({problem.split for problem in problems})
-            problems = [problem for problem in problems if problem.split == self._split]
-            if not problems:
+            if self._split not in known:
                 raise UserError(f"{self._path} has no split {self._split!r}; it has {known}")
+            problems = [problem for problem in problems if problem.split == self._split]
         return _slice(problems, 0, self._num, self._path)
 
 
@@ -241,8 +241,7 @@ class MATH:
     def _problem(self, index: int, row: dict[str, Any]) -> Problem:
         where = f"{self._path} {self._split} row {index}"
         solution = _text(row, "solution", where)
-        digit = str(row.get("level", "")).removeprefix("Level ")
-        level = int(digit) if digit.isdecimal() else None
+        level = re.search(r"\d+", str(row.get("level")))
         subject, unique_id = row.get("subject", row.get("type")), row.get("unique_id")
         return Problem(
             problem_id=f"math/{self._split}/{index}",
@@ -251,7 +250,7 @@ class MATH:
             reference_solution=solution,
             split=self._split,
             source="math",
-            metadata={"subject": subject, "level": level, "unique_id": unique_id},
+            metadata={"subject": subject, "level": level and int(level[0]), "unique_id": unique_id},
         )
 
     def _filter(self, problems: list[Problem], name: str, wanted: Any) -> list[Problem]:
@@ -292,10 +291,8 @@ class ReasoningGym:
         return [self._problem(index, data[index]) for index in range(self._num)]
 
     def _problem(self, index: int, entry: dict[str, Any]) -> Problem:
-        metadata = {"task": self._task, "config": self._config, "seed": self._seed}
-        metadata |= {"size": self._num, "index": index}
-        if _survives_json(entry):
-            metadata["entry"] = entry
+        place = {"task": self._task, "seed": self._seed, "size": self._num, "index": index}
+        kept = {"entry": entry} if _survives_json(entry) else {}
         answer = entry["answer"]
         return Problem(
             problem_id=f"{self._task}/{self._seed}/{index}",
@@ -303,7 +300,7 @@ class ReasoningGym:
             reference_answer=None if answer is None else str(answer),
             split=self._split,
             source="reasoning_gym",
-            metadata=metadata,
+            metadata={**place, "config": self._config, **kept},
         )
 
 
@@ -311,7 +308,7 @@ def reasoning_gym_dataset(task: str, seed: int, size: int, config: dict[str, Any
     """Returns reasoning-gym's data set object: indexable, with `score_answer(answer, entry)`.
 
     Raises:
-        UserError: the library is missing, or it does not know the task or accept the settings.
+        UserError: the library is missing, or does not know the task or the settings.
     """
     try:
         import reasoning_gym
@@ -341,7 +338,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def open_file(path: Path, mode: str) -> IO[bytes]:
-    """Opens a plain or, by the suffix .gz, a compressed file in a binary mode ("rb" or "wb")."""
+    """Opens a plain or, by its suffix .gz, a compressed file; mode is "rb" or "wb"."""
     return gzip.open(path, mode) if path.suffix == ".gz" else path.open(mode)
 
 
@@ -356,8 +353,7 @@ def _slice(problems: list[Problem], offset: int, num: int | None, path: str) -> 
     end = len(problems) if num is None else offset + num
     if not 0 <= offset < end <= len(problems):
         raise UserError(
-            f"offset ({offset}) and num ({num}) do not fit {path}: it has {len(problems)} such "
-            "problems; choose offset >= 0, num >= 1 and offset + num at most that"
+            f"offset ({offset}) and num ({num}) do not fit {path} ({len(problems)} such problems)"
         )
     return problems[offset:end]
 
@@ -368,7 +364,12 @@ def _text(row: dict[str, Any], name: str, where: str) -> str:
     return row[name]
 
 
-def _read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line number, object) of a JSONL file, gzipped or not; blank lines are skipped.
+
+    Raises:
+        UserError: the file is missing or a line is not a JSON object.
+    """
     if not path.is_file():
         raise UserError(f"{path} is not a file; give the path of a .jsonl or .jsonl.gz file")
     with open_file(path, "rb") as file:
@@ -391,15 +392,13 @@ def _rows_of(path: str, split: str, hub_config: str | None) -> Iterable[dict[str
         found = [place / name for name in names if (place / name).is_file()]
         if not found:
             raise UserError(f"{path} has no {' or '.join(names)}; choose another path or split")
-        return (row for _, row in _read_rows(found[0]))
+        return (row for _, row in read_rows(found[0]))
     if place.exists() or path.endswith((".jsonl", ".jsonl.gz")) or path.count("/") != 1:
-        return (row for _, row in _read_rows(place))
+        return (row for _, row in read_rows(place))
     try:
         import datasets
     except ImportError:
-        raise UserError(
-            f"{path} is no folder or file here; for Hugging Face data sets, `pip install datasets`"
-        ) from None
+        raise UserError(f"{path} is no path here; for the Hub, `pip install datasets`") from None
     try:
         return datasets.load_dataset(path, hub_config, split=split)
     except (OSError, ValueError) as error:

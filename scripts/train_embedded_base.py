@@ -13,7 +13,11 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from restem_lightning.word_problems import Step, WordProblems, calculate, draw_split
 
@@ -76,7 +80,9 @@ def build_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted({char for text in texts for char in text if char not in " \n"})
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=[*alphabet, "Ġ", "Ċ"],
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=[*alphabet, "Ġ", "Ċ"],
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
@@ -106,12 +112,20 @@ def greedy_pass_at_1(model, tokenizer, num: int, sample: bool = False) -> float:
     tokenizer.padding_side = "left"
     for first in range(0, num, 256):
         chunk = problems[first : first + 256]
-        inputs = tokenizer([PROMPT.format(question=p.question) for p in chunk], padding=True, return_tensors="pt")
+        inputs = tokenizer(
+            [PROMPT.format(question=p.question) for p in chunk], padding=True, return_tensors="pt"
+        )
         inputs.pop("token_type_ids", None)
         kw = dict(do_sample=True, top_k=0, temperature=1.0) if sample else dict(do_sample=False)
         out = model.generate(**inputs, max_new_tokens=100, **kw)
-        texts = tokenizer.batch_decode(out[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
-        solved += sum(t.split("####")[-1].strip() == p.reference_answer for t, p in zip(texts, chunk) if "####" in t)
+        texts = tokenizer.batch_decode(
+            out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True
+        )
+        solved += sum(
+            t.split("####")[-1].strip() == p.reference_answer
+            for t, p in zip(texts, chunk)
+            if "####" in t
+        )
     tokenizer.padding_side = "right"
     return solved / num
 
@@ -133,17 +147,32 @@ def main() -> None:
     torch.set_num_threads(1)
     sample = [p + s for (p, s), _ in zip(corpus(0, rates), range(4000))]
     tokenizer = build_tokenizer(sample, 256)
-    print("vocab", len(tokenizer), "tokens/text", sum(map(len, tokenizer(sample).input_ids)) / 4000,
-          tokenizer.convert_ids_to_tokens(tokenizer(sample[0]).input_ids))
+    print(
+        "vocab",
+        len(tokenizer),
+        "tokens/text",
+        sum(map(len, tokenizer(sample).input_ids)) / 4000,
+        tokenizer.convert_ids_to_tokens(tokenizer(sample[0]).input_ids),
+    )
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=2 * args.hidden,
-        num_hidden_layers=args.layers, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=512, tie_word_embeddings=True, rope_theta=10000.0,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=args.hidden,
+        intermediate_size=2 * args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        rope_theta=10000.0,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config)
     print("parameters", sum(p.numel() for p in model.parameters()))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98)
+    )
     start, tokens = time.time(), 0
     for step, (ids, labels) in enumerate(batches(corpus(1, rates), tokenizer, args.batch_size)):
         frac = max((time.time() - start) / args.seconds, step / args.steps)
@@ -155,17 +184,31 @@ def main() -> None:
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(); optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         tokens += ids.numel()
         if step % 200 == 0:
             model.eval()
-            print(step, f"{time.time()-start:.0f}s", f"{tokens/(time.time()-start):.0f} tok/s", f"loss {loss.item():.3f}",
-                  f"greedy {greedy_pass_at_1(model, tokenizer, 128) if step else 0:.3f}", flush=True)
+            print(
+                step,
+                f"{time.time() - start:.0f}s",
+                f"{tokens / (time.time() - start):.0f} tok/s",
+                f"loss {loss.item():.3f}",
+                f"greedy {greedy_pass_at_1(model, tokenizer, 128) if step else 0:.3f}",
+                flush=True,
+            )
             model.train()
     model.eval()
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(args.output); tokenizer.save_pretrained(args.output)
-    print("greedy", greedy_pass_at_1(model, tokenizer, 500), "T=1", greedy_pass_at_1(model, tokenizer, 500, True), json.dumps(vars(args), default=str))
+    model.save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
+    print(
+        "greedy",
+        greedy_pass_at_1(model, tokenizer, 500),
+        "T=1",
+        greedy_pass_at_1(model, tokenizer, 500, True),
+        json.dumps(vars(args), default=str),
+    )
 
 
 if __name__ == "__main__":

@@ -41,7 +41,9 @@ def philox(key: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple
     return c0, c1, c2, c3
 
 
-def gumbel_noise(key: Tensor, completion_index: Tensor, position: Tensor, token_ids: Tensor) -> Tensor:
+def gumbel_noise(
+    key: Tensor, completion_index: Tensor, position: Tensor, token_ids: Tensor
+) -> Tensor:
     """Returns the standard Gumbel noise that belongs to each address and token.
 
     The counter is (token // 4, position, completion index, 0) and the token takes word token % 4, so
@@ -132,9 +134,7 @@ def sample_tokens(
         tokens = logits.float().argmax(-1)
         logprobs = raw.gather(-1, tokens[:, None]).squeeze(-1)
         return tokens, logprobs, torch.zeros_like(logprobs)
-    scores = process_logits(
-        logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
-    )
+    scores = process_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     everything = torch.arange(logits.shape[-1], device=logits.device).expand_as(scores)
     noise = gumbel_noise(key, completion_index, position, everything)
     tokens = (scores + noise).argmax(-1)

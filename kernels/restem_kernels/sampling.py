@@ -4,7 +4,6 @@ Meets `reference.sample_tokens`, which defines it. This path keeps at most a few
 row before it makes any random number; it needs no sort of the vocabulary and no multinomial.
 """
 
-import torch
 from torch import Tensor
 
 from restem_kernels import reference

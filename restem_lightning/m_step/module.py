@@ -19,14 +19,15 @@ from torch.optim import AdamW
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from restem_lightning.errors import UserError
+from restem_lightning.m_step.export import check_policy_folder
 from restem_lightning.m_step.fsdp import shard_policy
 from restem_lightning.m_step.packing import MicroBatch, StepBatch
 
 LossNorm = Literal["token", "sequence"]
 Schedule = Literal["constant", "linear", "cosine"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Share of the largest logit. Measured in float32: <= 4e-7 where packing is right (9 families); 0.006
-# to 1 for Bloom, Falcon, Mamba and LFM2. TF32 needs the room between.
+# Share of the largest logit. Measured in float32: at most 4e-7 where packing is right (9 families),
+# 0.006 to 1 for Bloom, Falcon, Mamba and LFM2. TF32 needs the room between.
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
@@ -90,8 +91,8 @@ def micro_batch_loss(
 def clip_gradients(parameters: list[Tensor], max_norm: float | None) -> Tensor:
     """Scales gradients to a global L2 norm of at most max_norm; returns the norm before.
 
-    The norm is over all ranks' shards: for DTensors torch leaves it as a pending sum, which
-    `full_tensor` completes.
+    The norm is over all ranks' shards: for DTensors torch may leave the sum pending, and
+    `full_tensor` completes it.
     """
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     if isinstance(norm, DTensor):
@@ -134,7 +135,7 @@ class PolicyModule(LightningModule):
         """Sets how the policy is fine-tuned. Dropout is always off.
 
         Args:
-            policy: folder in Hugging Face layout, or hub name, of the weights to start from.
+            policy: folder in Hugging Face layout of the weights to start from.
             learning_rate: peak learning rate of AdamW, more than 0.
             weight_decay: AdamW's decoupled decay of matrices (not of biases and norms), 0 or more.
             warmup_fraction: share of the optimizer steps over which the learning rate rises
@@ -186,10 +187,11 @@ class PolicyModule(LightningModule):
         """Loads the policy, and shards it under ModelParallelStrategy; a second call does nothing.
 
         Raises:
-            UserError: if tensor parallelism is asked for.
+            UserError: if the policy folder is not whole, or tensor parallelism is asked for.
         """
         if self.model is not None:
             return
+        check_policy_folder(self.policy)
         model = load_policy(self.policy, _DTYPES[self.dtype_name])
         if self.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -235,12 +237,15 @@ class PolicyModule(LightningModule):
                 f"trainer.precision ({self.trainer.precision}) must be 32-true or bf16-mixed"
                 " (float16 would need loss scaling); change it"
             )
-        self._total_steps = self.trainer.estimated_stepping_batches
-        if self._total_steps in (-1, math.inf):
+        total_steps = self.trainer.estimated_stepping_batches
+        needs_end = self.warmup_fraction > 0 or self.schedule != "constant"
+        if needs_end and total_steps in (-1, math.inf):
             raise UserError(
-                "trainer.max_epochs and trainer.max_steps (-1) must not both be unlimited: the"
-                " schedule needs the number of optimizer steps; set one"
+                "trainer.max_epochs and trainer.max_steps (-1) must not both be unlimited; set one,"
+                " or schedule to constant and warmup_fraction to 0"
             )
+        self._total_steps = total_steps
+        self._warmup_steps = round(self.warmup_fraction * total_steps) if needs_end else 0
         check_packing(self.model, self.device)
 
     def training_step(self, batch: StepBatch, batch_index: int) -> None:
@@ -259,7 +264,12 @@ class PolicyModule(LightningModule):
                 f"gradient norm ({norm.item()}) at optimizer step {self.global_step} must be"
                 f" finite; lower learning_rate ({self.learning_rate}) or use 32-bit precision"
             )
-        learning_rate = self.learning_rate * self._learning_rate_factor()
+        learning_rate = self.learning_rate * learning_rate_factor(
+            self.global_step,
+            warmup_steps=self._warmup_steps,
+            total_steps=self._total_steps,
+            schedule=self.schedule,
+        )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
@@ -274,15 +284,6 @@ class PolicyModule(LightningModule):
 
         Lightning runs that hook, and the stop rules after it, only if there is a validation loop.
         """
-
-    def _learning_rate_factor(self) -> float:
-        warmup_steps = round(self.warmup_fraction * self._total_steps)
-        return learning_rate_factor(
-            self.global_step,
-            warmup_steps=warmup_steps,
-            total_steps=self._total_steps,
-            schedule=self.schedule,
-        )
 
     def _gradient_sync(self, is_last: bool) -> AbstractContextManager[None]:
         """Ranks add up their gradients once per optimizer step, at the last micro-batch."""

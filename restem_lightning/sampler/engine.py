@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from restem_kernels.sampling import sample_tokens
 from torch import Tensor, nn
 
-from restem_kernels.sampling import sample_tokens
 from restem_lightning.errors import UserError
 from restem_lightning.sampler.batch import build_batch
 from restem_lightning.sampler.blocks import BlockPool

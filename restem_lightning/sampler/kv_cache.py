@@ -24,7 +24,9 @@ class KVCache:
         self.keys = [zeros(shape, device=device, dtype=dtype) for _ in range(num_layers)]
         self.values = [zeros(shape, device=device, dtype=dtype) for _ in range(num_layers)]
 
-    def write(self, layer: int, blocks: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
+    def write(
+        self, layer: int, blocks: Tensor, offsets: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
         """Stores keys and values [T, key heads, head size] at block and offset [T] int64."""
         self.keys[layer][blocks, :, offsets] = keys
         self.values[layer][blocks, :, offsets] = values

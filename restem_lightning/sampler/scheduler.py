@@ -139,9 +139,7 @@ class Scheduler:
                 if len(self.ready) >= self.max_batch_size or not self._open_next():
                     return
                 continue
-            segment = next(
-                s for s in unfinished[0].chain if s.num_scheduled < len(s.token_ids)
-            )
+            segment = next(s for s in unfinished[0].chain if s.num_scheduled < len(s.token_ids))
             step.prefill.append((segment, segment.num_scheduled // self.block_size))
             segment.num_scheduled = min(
                 segment.num_scheduled + self.block_size, len(segment.token_ids)

@@ -6,9 +6,7 @@ from collections.abc import Callable, Sequence
 class StopStrings:
     """Finds stop strings in the text of tokens, looking only where a new token can have ended one."""
 
-    def __init__(
-        self, stop: Sequence[str], decode: Callable[[list[int]], str], vocab_size: int
-    ):
+    def __init__(self, stop: Sequence[str], decode: Callable[[list[int]], str], vocab_size: int):
         """Prepares the search.
 
         Args:

@@ -114,7 +114,7 @@ class MathVerifier:
         kind = VerdictKind.CORRECT if is_equal else VerdictKind.WRONG
         return Verdict(kind=kind, extracted=answer, detail=detail)
 
-    def reference_completion(self, problem: Problem) -> str:
+    def reference_completion(self, problem: Problem) -> str | None:
         """Returns the reference solution if it has the declared format, else only the answer."""
         solution = problem.reference_solution
         if solution is not None and self._extract(solution) is not None:

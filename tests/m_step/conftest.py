@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -110,6 +111,7 @@ def fit(tmp_path):
 
     def run(policy, accepted, *, module=None, data=None, callbacks=(), ckpt_path=None, **trainer):
         recorder = Recorder()
+        saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
         fitted = PolicyModule(str(policy), **({"learning_rate": 1e-2} | (module or {})))
         trainer = pl.Trainer(
             accelerator="cpu",
@@ -120,7 +122,13 @@ def fit(tmp_path):
             num_sanity_val_steps=0,
             default_root_dir=tmp_path,
             callbacks=[*callbacks, recorder],
-            **({"max_epochs": 2, "enable_checkpointing": bool(callbacks)} | trainer),
+            **(
+                {
+                    "max_epochs": 2,
+                    "enable_checkpointing": saves,
+                }
+                | trainer
+            ),
         )
         datamodule = AcceptedDataModule(str(accepted), **({"batch_size": 8} | (data or {})))
         trainer.fit(fitted, datamodule, ckpt_path=ckpt_path)

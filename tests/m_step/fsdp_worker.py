@@ -3,6 +3,7 @@
 Usage: torchrun ... fsdp_worker.py '{"case": {"strategy", "policy", "accepted", "folder", ...}}'
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -82,8 +83,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for each in json.loads(sys.argv[1]).values():
         if "die_at" in each:
-            try:
+            with contextlib.suppress(InterruptedError):
                 run(each, each["die_at"])
-            except InterruptedError:
-                pass
         run(each)

@@ -1,3 +1,4 @@
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -196,6 +197,19 @@ def test_learning_rate_warms_up_then_follows_the_schedule(schedule, expected):
         for step in range(6)
     ]
     assert factors == pytest.approx(expected)
+
+
+def test_the_optimizer_steps_with_the_scheduled_learning_rate(make_policy, make_accepted, fit):
+    used = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            used.append({group["lr"] for group in trainer.optimizers[0].param_groups})
+
+    module = {"learning_rate": 1e-2, "warmup_fraction": 1 / 3, "schedule": "linear"}
+    fit(make_policy(), make_accepted(), module=module, callbacks=[Watch()])
+    expected = [0.005, 0.01, 0.01, 0.0075, 0.005, 0.0025]
+    assert [rate for (rate,) in used] == pytest.approx(expected)
 
 
 def test_settings_that_cannot_work_are_refused(make_policy, make_accepted, fit):

@@ -82,6 +82,16 @@ def test_rule_none_runs_to_the_end_and_needs_no_reward(make_policy, make_accepte
     assert resume_checkpoint(tmp_path / "m").name == "last-6.ckpt"
 
 
+def test_first_drop_may_be_the_only_end(make_policy, make_accepted, fit, tmp_path):
+    module = {"warmup_fraction": 0.0, "schedule": "constant"}
+    callbacks = [GivenReward(RISES_THEN_DROPS), *stop_callbacks("first_drop", folder=tmp_path)]
+    settings = SETTINGS | {"max_epochs": -1}
+    _, losses, _ = fit(
+        make_policy(), make_accepted(), module=module, callbacks=callbacks, **settings
+    )
+    assert len(losses) == 3
+
+
 @pytest.mark.parametrize(
     ("rule", "hook", "step"),
     [

@@ -1,0 +1,80 @@
+"""The command line: `restem VERB ...`; `fit` is a LightningCLI that chains one Trainer.fit per iteration."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+from jsonargparse import ArgumentError
+
+from restem_lightning import __version__
+from restem_lightning.errors import UserError
+
+VERBS = {
+    "fit": "run ReST^EM: sample, verify, select, fine-tune, evaluate; resumes an unfinished run",
+    "sample": "draw and verify completions of a policy (the E-step alone)",
+    "verify": "judge given completions",
+    "evaluate": "measure a policy: greedy pass@1, pass@k, maj@k",
+    "report": "write the HTML report of runs, or print their metrics as JSON",
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs a verb; a user's mistake ends in one line and exit status 2.
+
+    Args:
+        args: the words after `restem`, from the command line if None.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    verb = words[0] if words else "--help"
+    if verb in ("-h", "--help", "--version"):
+        print(__version__ if verb == "--version" else _usage())
+        return
+    _quiet_libraries()
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a user's own classes lie beside their configs
+    try:
+        _command(verb)(words[1:])
+    except (UserError, ArgumentError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        print(f"restem {verb}: error: {' '.join(lines)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\nrestem {verb}: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _usage() -> str:
+    lines = [f"  {name:10}{text}" for name, text in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: restem VERB [options]     (restem VERB --help explains the options)",
+            "",
+            "ReST^EM self-training for language models on problems whose answers can be checked.",
+            "",
+            *lines,
+        ]
+    )
+
+
+def _command(verb: str) -> Callable[[list[str]], None]:
+    if verb not in VERBS:
+        raise UserError(f"unknown verb; choose one of {', '.join(VERBS)}")
+    if verb == "fit":
+        from restem_lightning.fit import fit
+
+        return fit
+    from restem_lightning import commands
+
+    return getattr(commands, verb)
+
+
+def _quiet_libraries() -> None:
+    """Keeps other libraries' chatter off the screen; what matters is raised or shown by us."""
+    warnings.filterwarnings("ignore", module="lightning|torch|transformers|jsonargparse")
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

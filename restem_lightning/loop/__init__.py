@@ -1,0 +1,1 @@
+"""The loop: what joins sampler, verifiers and M-step."""

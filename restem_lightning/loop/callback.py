@@ -1,0 +1,355 @@
+"""ReSTEMCallback: the E-step before the weights are built, D_val inside the M-step, export, metrics."""
+
+import gc
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import AutoTokenizer
+
+from restem_lightning.completions import CompletionStore
+from restem_lightning.errors import UserError
+from restem_lightning.loop.e_step import EStepParams, Policy, fill_store
+from restem_lightning.loop.evaluate import EvaluationParams, draw_evaluation, mean_reward, measure
+from restem_lightning.loop.tracking import Tracker
+from restem_lightning.m_step.export import export_policy, load_best, policy_hash
+from restem_lightning.problems import Problem
+from restem_lightning.prompts import PromptTemplate
+from restem_lightning.run_dir import IterationDir, RunDir, read_json, write_json
+from restem_lightning.sampler import EngineParams, Sampler, SamplingParams
+from restem_lightning.sampler.weights import checksum
+from restem_lightning.selection import (
+    SelectionParams,
+    empty_reason,
+    select_completions,
+    write_accepted,
+)
+from restem_lightning.verifiers import VerifierPool
+
+MAX_TABLE_ROWS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """What all iterations of a run share.
+
+    Args:
+        run: the run folder.
+        base: folder of the base model.
+        seed: of the run; part of the address of every draw.
+        train: problems of the E-step.
+        validation: D_val, problems that decide when an M-step stops; may be empty.
+        held_out: evaluation sets by name.
+        template: makes the prompts.
+        verifiers: pool of the verifier.
+        sampling: of the E-step.
+        validation_sampling: of D_val.
+        engine: how the sampler uses the machine.
+        e_step: size of parts, alarm.
+        selection: which completions are accepted.
+        evaluation: how policies are measured.
+        tracker: sends metrics to where they are watched.
+    """
+
+    run: RunDir
+    base: str
+    seed: int
+    train: list[Problem]
+    validation: list[Problem]
+    held_out: dict[str, list[Problem]]
+    template: PromptTemplate
+    verifiers: VerifierPool
+    sampling: SamplingParams
+    validation_sampling: SamplingParams
+    engine: EngineParams
+    e_step: EStepParams
+    selection: SelectionParams
+    evaluation: EvaluationParams
+    tracker: Tracker
+
+    def load_policy(self, folder: str) -> Policy:
+        """Returns a policy ready to sample."""
+        return Policy(
+            sampler=Sampler(folder, self.engine),
+            tokenizer=AutoTokenizer.from_pretrained(folder),
+            hash=policy_hash(folder),
+        )
+
+    def draw(self, policy: Policy) -> dict[str, Any]:
+        """Returns the arguments that every sampling stage of this run shares."""
+        return {
+            "policy": policy,
+            "template": self.template,
+            "verifiers": self.verifiers,
+            "seed": self.seed,
+        }
+
+
+class ReSTEMCallback(Callback):
+    """Runs all of an iteration that is not the M-step; new for each iteration."""
+
+    def __init__(self, loop: Loop, iteration: int, *, sampler_policy: str, trained_from: str):
+        """Prepares one iteration.
+
+        Args:
+            loop: what all iterations share.
+            iteration: 1-based.
+            sampler_policy: folder of the policy that samples in this E-step.
+            trained_from: folder of the weights that this M-step starts from.
+        """
+        self.loop, self.iteration = loop, iteration
+        self.sampler_policy, self.trained_from = sampler_policy, trained_from
+        self.paths = loop.run.iteration(iteration)
+        self.validation_policy: Policy | None = None
+        self.val_rewards: list[tuple[int, float]] = []
+        self.m_step: dict[str, Any] = {}
+        self.started = 0.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """The E-step: here ranks are connected and no training weights are in memory yet."""
+        base_is_measured = self.loop.run.iteration(0).metrics.exists()
+        if not (self.paths.funnel.exists() and base_is_measured):
+            policy = self.loop.load_policy(self.sampler_policy)
+            if self.iteration == 1 and not base_is_measured:
+                self._measure(0, policy)
+            if not self.paths.funnel.exists():
+                self._e_step(policy)
+            del policy
+            release_memory()
+        trainer.datamodule.accepted = str(self.paths.accepted)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock of the M-step."""
+        self.started = time.monotonic()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures the reward on D_val with the current weights, for the stop rule."""
+        if self.loop.validation:
+            reward = self._validation_reward(pl_module)
+            self.val_rewards.append((trainer.global_step, reward))
+            pl_module.log("val_reward", reward, prog_bar=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Exports the best weights as this iteration's policy."""
+        self.validation_policy = None
+        release_memory()
+        self._export(trainer, pl_module)
+        _add_seconds(self.paths, "m_step", time.monotonic() - self.started)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Measures the new policy and finishes the iteration."""
+        if not self.paths.policy.exists():  # resumed behind the last optimizer step
+            self._export(trainer, pl_module)
+        pl_module.model = None
+        release_memory()
+        self._measure(self.iteration, self.loop.load_policy(str(self.paths.policy)))
+        release_memory()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a resumed M-step must still know."""
+        return {"val_rewards": self.val_rewards}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores `state_dict`."""
+        self.val_rewards = list(state_dict["val_rewards"])
+
+    def _e_step(self, policy: Policy) -> None:
+        """Draws, verifies and selects; writes accepted.parquet, then funnel.json."""
+        loop, store = self.loop, CompletionStore(self.paths.completions)
+        progress = fill_store(
+            store,
+            loop.train,
+            **loop.draw(policy),
+            params=loop.sampling,
+            e_step=loop.e_step,
+            iteration=self.iteration,
+            show=f"E-step {self.iteration}",
+        )
+        barrier()
+        if is_rank_zero():
+            _add_seconds(self.paths, "e_step", progress.seconds)
+            self._select(store, policy)
+        barrier()
+
+    def _select(self, store: CompletionStore, policy: Policy) -> None:
+        store.verify_checksums()
+        selection = select_completions(store, **asdict(self.loop.selection))
+        funnel = selection.funnel
+        stages = ("completions", "not_truncated", "correct", "distinct", "accepted")
+        rank_zero_info(
+            f"iteration {self.iteration}: "
+            + " -> ".join(f"{stage.replace('_', ' ')} {funnel[stage]}" for stage in stages)
+            + f"; {funnel['num_solved']} of {funnel['num_problems']} problems solved"
+        )
+        if selection.accepted.num_rows == 0:
+            raise UserError(f"the accepted dataset is empty: {empty_reason(funnel)}")
+        write_accepted(self.paths.accepted, selection.accepted)
+        write_json(self.paths.funnel, funnel)
+        self.loop.tracker.log_completions(self.iteration, store, MAX_TABLE_ROWS)
+
+    def _validation_reward(self, pl_module: LightningModule) -> float:
+        """Returns the mean reward over D_val; each rank samples its share of the problems."""
+        loop = self.loop
+        if self.validation_policy is None:
+            self.validation_policy = loop.load_policy(pl_module.policy)
+        sampler = self.validation_policy.sampler
+        sampler.update_weights(live_weights(pl_module.model))
+        if sampler.checksum() != checksum(live_weights(pl_module.model), sampler.dtype):
+            raise RuntimeError("the sampler does not hold the weights that are being trained")
+        rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+        share = loop.validation[rank::num_ranks]
+        total = torch.zeros(1, dtype=torch.float64, device=pl_module.device)
+        if share:
+            total += len(share) * mean_reward(
+                share,
+                **loop.draw(self.validation_policy),
+                params=loop.validation_sampling,
+                iteration=self.iteration,
+            )
+        if num_ranks > 1:
+            dist.all_reduce(total)
+        return total.item() / len(loop.validation)
+
+    def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        best = next(
+            (c for c in trainer.checkpoint_callbacks if c.monitor and c.best_model_path), None
+        )
+        if best is None and any(c.monitor for c in trainer.checkpoint_callbacks):
+            raise UserError(
+                "the M-step ended before its first look at D_val; lower trainer.val_check_interval "
+                f"({trainer.val_check_interval}) or set stop.rule to none"
+            )
+        if best is not None:
+            load_best(pl_module, best.best_model_path)
+        export_policy(pl_module, self.paths.policy, source_policy=pl_module.policy)
+        self._note_m_step(trainer, best)
+
+    def _note_m_step(self, trainer: Trainer, best: ModelCheckpoint | None) -> None:
+        score = None if best is None else float(best.best_model_score)
+        record = {
+            "optimizer_steps": trainer.global_step,
+            "best_val_reward": score,
+            "best_optimizer_step": next((s for s, r in self.val_rewards if r == score), None),
+            "val_rewards": [list(pair) for pair in self.val_rewards],
+        }
+        if is_rank_zero():
+            write_json(self.paths.m_step / "m_step.json", record)
+
+    def _measure(self, iteration: int, policy: Policy) -> None:
+        """Evaluates a policy on every set and writes the iteration's metrics, then its manifest."""
+        loop, paths = self.loop, self.loop.run.iteration(iteration)
+        start = time.monotonic()
+        for name, problems in loop.held_out.items():
+            draw_evaluation(
+                paths.path / "evaluation" / name,
+                name,
+                problems,
+                loop.evaluation,
+                **loop.draw(policy),
+                sampling=loop.sampling,
+                e_step=loop.e_step,
+                iteration=iteration,
+            )
+        barrier()
+        if is_rank_zero():
+            _add_seconds(paths, "evaluation", time.monotonic() - start)
+            self._finish(iteration, paths, policy)
+        barrier()
+
+    def _finish(self, iteration: int, paths: IterationDir, policy: Policy) -> None:
+        loop = self.loop
+        metrics = {
+            "iteration": iteration,
+            "evaluation": {
+                name: measure(paths.path / "evaluation" / name, loop.evaluation)
+                for name in loop.held_out
+            },
+            "e_step": _e_step_metrics(paths) if iteration else {},
+            "m_step": read_json(paths.m_step / "m_step.json") if iteration else {},
+            "seconds": read_json(paths.path / "seconds.json"),
+        }
+        write_json(paths.metrics, metrics)
+        loop.tracker.log_iteration(metrics)
+        if iteration:
+            write_json(
+                paths.manifest,
+                {
+                    "iteration": iteration,
+                    "sampler_policy": self.sampler_policy,
+                    "trained_from": self.trained_from,
+                    "policy_hash": policy.hash,
+                },
+            )
+
+
+def live_weights(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields each parameter by name as a whole tensor; every rank must go through all of them."""
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def release_memory() -> None:
+    """Gives memory of dropped models back, so that sampler and trainer never add up."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def is_distributed() -> bool:
+    """Returns whether several ranks are connected."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def is_rank_zero() -> bool:
+    """Returns whether this is the rank that writes."""
+    return rank_zero_only.rank == 0
+
+
+def barrier() -> None:
+    """Waits for the other ranks, if there are any."""
+    if is_distributed():
+        dist.barrier()
+
+
+def _add_seconds(paths: IterationDir, stage: str, seconds: float) -> None:
+    """Adds wall-clock seconds to a stage of an iteration; a resumed stage goes on counting."""
+    if not is_rank_zero():
+        return
+    path = paths.path / "seconds.json"
+    record = read_json(path) if path.exists() else {}
+    record[stage] = round(record.get(stage, 0.0) + seconds, 3)
+    write_json(path, record)
+
+
+def _e_step_metrics(paths: IterationDir) -> dict[str, Any]:
+    """Returns the E-step's part of metrics.json, from the pool and the funnel."""
+    funnel = read_json(paths.funnel)
+    num_tokens, reasons = 0, Counter()
+    store = CompletionStore(paths.completions)
+    for batch in store.iter_batches(["completion_ids", "finish_reason"]):
+        num_tokens += len(batch["completion_ids"].flatten())
+        reasons.update(batch["finish_reason"].to_pylist())
+    seconds = read_json(paths.path / "seconds.json").get("e_step", 0.0)
+    return {
+        "num_problems": funnel["num_problems"],
+        "num_completions": funnel["completions"],
+        "num_correct": funnel["correct"],
+        "acceptance_rate": funnel["acceptance_rate"],
+        "num_solved": funnel["num_solved"],
+        "num_accepted": funnel["accepted"],
+        "num_tokens": num_tokens,
+        "seconds": seconds,
+        "tokens_per_s": round(num_tokens / seconds, 1) if seconds else None,
+        "verdicts": funnel["verdicts"],
+        "finish_reasons": dict(sorted(reasons.items())),
+    }

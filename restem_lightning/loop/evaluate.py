@@ -1,0 +1,170 @@
+"""Evaluation of one policy: greedy pass@1, unbiased pass@k and maj@k with 95 % intervals."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from restem_lightning.completions import CompletionStore, VerdictKind
+from restem_lightning.errors import UserError
+from restem_lightning.loop.e_step import EStepParams, Policy, fill_store, verified_completions
+from restem_lightning.metrics import evaluate_table
+from restem_lightning.problems import Problem
+from restem_lightning.prompts import PromptTemplate
+from restem_lightning.sampler import SamplingParams
+from restem_lightning.verifiers import VerifierPool
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationParams:
+    """How a policy is measured on held-out problems.
+
+    Args:
+        greedy: whether to measure greedy pass@1.
+        n: sampled completions per problem for pass@k and maj@k; 0 for none.
+        ks: the k of pass@k, each at most n.
+        temperature: of the sampled completions (the paper: 1.0).
+        top_k: of the sampled completions, 0 for all (the paper: none).
+        top_p: of the sampled completions (the paper: 0.95).
+    """
+
+    greedy: bool = True
+    n: int = 0
+    ks: tuple[int, ...] = (1,)
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 0.95
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            UserError: a value is not allowed.
+        """
+        if self.n < 0:
+            raise UserError(f"evaluation.n ({self.n}) must be at least 0")
+        if self.n and not all(1 <= k <= self.n for k in self.ks):
+            raise UserError(f"evaluation.ks ({list(self.ks)}) must lie from 1 to n ({self.n})")
+        if self.n > 1 and self.temperature <= 0:
+            raise UserError(
+                f"evaluation.temperature ({self.temperature}) must be above 0 for n {self.n}"
+            )
+
+    def stages(self, sampling: SamplingParams) -> dict[str, SamplingParams]:
+        """Returns the sampling settings of the greedy and of the sampled stage, those wanted.
+
+        Args:
+            sampling: of the E-step; gives max_new_tokens and the stop strings.
+        """
+        stages = {}
+        if self.greedy:
+            stages["greedy"] = replace(
+                sampling, n=1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0
+            )
+        if self.n:
+            stages["sampled"] = replace(
+                sampling,
+                n=self.n,
+                temperature=self.temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                min_p=0.0,
+            )
+        return stages
+
+
+def draw_evaluation(
+    folder: Path,
+    name: str,
+    problems: list[Problem],
+    evaluation: EvaluationParams,
+    *,
+    policy: Policy,
+    template: PromptTemplate,
+    verifiers: VerifierPool,
+    sampling: SamplingParams,
+    e_step: EStepParams,
+    seed: int,
+    iteration: int,
+) -> None:
+    """Draws the completions of one evaluation set into stores below a folder; resumable.
+
+    Args:
+        folder: gets a store `greedy` and a store `sampled`.
+        name: of the set; part of the address of its draws.
+        problems: of the set.
+        evaluation: what to draw.
+        policy: what samples.
+        template: makes the prompts.
+        verifiers: a drained pool.
+        sampling: of the E-step.
+        e_step: size of parts.
+        seed: part of the address of every draw.
+        iteration: part of the address of every draw.
+    """
+    for stage, params in evaluation.stages(sampling).items():
+        fill_store(
+            CompletionStore(folder / stage),
+            problems,
+            policy=policy,
+            template=template,
+            verifiers=verifiers,
+            params=params,
+            e_step=e_step,
+            seed=seed,
+            iteration=iteration,
+            purpose=f"evaluation/{name}/{stage}/",
+            show=f"{name} {stage}",
+        )
+
+
+def measure(folder: Path, evaluation: EvaluationParams) -> dict[str, Any]:
+    """Returns the metrics of one evaluation set from its stores, as in metrics.json.
+
+    Args:
+        folder: as given to `draw_evaluation`.
+        evaluation: what was drawn.
+    """
+    greedy = [rows[0][0] for rows in _by_problem(folder / "greedy")] if evaluation.greedy else []
+    samples = list(_by_problem(folder / "sampled")) if evaluation.n else []
+    return evaluate_table(samples, greedy, ks=evaluation.ks)
+
+
+def mean_reward(
+    problems: Sequence[Problem],
+    *,
+    policy: Policy,
+    template: PromptTemplate,
+    verifiers: VerifierPool,
+    params: SamplingParams,
+    seed: int,
+    iteration: int,
+) -> float:
+    """Returns the mean reward of a policy on problems: what the M-step's stop rule looks at."""
+    rewards = [
+        completion.verdict.reward
+        for completion in verified_completions(
+            ((problem, tuple(range(params.n))) for problem in problems),
+            policy=policy,
+            template=template,
+            verifiers=verifiers,
+            params=params,
+            seed=seed,
+            iteration=iteration,
+            purpose="validation/",
+        )
+    ]
+    return sum(rewards) / len(rewards)
+
+
+def _by_problem(folder: Path) -> Iterator[list[tuple[bool, str | None]]]:
+    """Yields for each problem the (correct, extracted) of its completions in order."""
+    rows = defaultdict(list)
+    columns = ["problem_id", "completion_index", "verdict", "extracted"]
+    for row in CompletionStore(folder).read(columns).to_pylist():
+        correct = row["verdict"] == VerdictKind.CORRECT.value
+        rows[row["problem_id"]].append((row["completion_index"], correct, row["extracted"]))
+    for problem in rows.values():
+        problem.sort(key=lambda row: row[0])
+        yield [(correct, extracted) for _, correct, extracted in problem]

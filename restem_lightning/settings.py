@@ -1,0 +1,129 @@
+"""What several verbs let a user set, and how the values become objects."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from restem_lightning.errors import UserError
+from restem_lightning.m_step.export import check_policy_folder
+from restem_lightning.prompts import ASSETS, PromptTemplate
+from restem_lightning.sampler import EngineParams, SamplingParams
+from restem_lightning.verifiers import VerifierPool, VerifierSpec
+
+EMBEDDED_POLICY = ASSETS / "policy"
+VERIFIERS = {
+    "math": "restem_lightning.verifiers.MathVerifier",
+    "procedural": "restem_lightning.verifiers.ProceduralVerifier",
+    "callable": "restem_lightning.verifiers.CallableVerifier",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerificationParams:
+    """The processes that verify, beside the sampler.
+
+    Args:
+        num_workers: worker processes on each rank, at least 1.
+        deadline_s: wall-clock seconds for one completion; more is TIMEOUT.
+        memory_gib: address space of one worker in GiB; a completion that needs more is ERROR.
+    """
+
+    num_workers: int = 1
+    deadline_s: float = 5.0
+    memory_gib: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            UserError: a value is not allowed.
+        """
+        for name in ("num_workers", "deadline_s", "memory_gib"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"verification.{name} ({getattr(self, name)}) must be above 0")
+
+
+def add_policy_settings(parser: ArgumentParser) -> None:
+    """Adds what every verb that samples needs: policy, prompt, verifier, sampling, engine."""
+    parser.add_argument(
+        "--policy",
+        type=str,
+        default="embedded",
+        help="Folder in Hugging Face layout, hub id, or `embedded` for the small model in the package.",
+    )
+    parser.add_argument(
+        "--prompt",
+        type=PromptTemplate,
+        default={
+            "class_path": "restem_lightning.prompts.FewShotPrompt",
+            "init_args": {"question_format": "Q: {question}\nA:\n"},
+        },
+        help="How a problem is put to the policy: a class with `render(problem, tokenizer)`.",
+    )
+    parser.add_argument(
+        "--verifier",
+        type=str | dict[str, Any],
+        default="math",
+        help=f"Name ({', '.join(VERIFIERS)}) or {{class_path, init_args}} of your own.",
+    )
+    parser.add_class_arguments(SamplingParams, "sampling")
+    parser.add_class_arguments(EngineParams, "engine")
+    parser.add_class_arguments(VerificationParams, "verification")
+
+
+def resolve_policy(policy: str) -> str:
+    """Returns the folder of a policy, fetching it from the hub if it names no folder.
+
+    Raises:
+        UserError: there is no such folder or repository, or it is not a whole policy.
+    """
+    folder = EMBEDDED_POLICY if policy == "embedded" else Path(policy)
+    if not folder.exists() and policy.count("/") <= 1 and not policy.startswith((".", "/")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
+
+        try:
+            folder = Path(snapshot_download(policy))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"policy ({policy}) is no folder, and the hub does not give it ({reason}); give the "
+                "path of a folder in Hugging Face layout"
+            ) from error
+    check_policy_folder(folder)
+    return str(folder)
+
+
+def verifier_spec(value: str | dict[str, Any]) -> VerifierSpec:
+    """Returns how to build the verifier that a name, a class path or a mapping stands for.
+
+    Raises:
+        UserError: an unknown name or a mapping without class_path.
+    """
+    if isinstance(value, str):
+        if value not in VERIFIERS and "." not in value:
+            raise UserError(
+                f"verifier ({value}) must be one of {', '.join(VERIFIERS)}, or a class path"
+            )
+        return VerifierSpec(class_path=VERIFIERS.get(value, value))
+    unknown = set(value) - {"class_path", "init_args"}
+    if unknown or "class_path" not in value:
+        raise UserError(f"verifier ({value}) must hold class_path and, if wanted, init_args")
+    class_path = VERIFIERS.get(value["class_path"], value["class_path"])
+    return VerifierSpec(class_path=class_path, init_args=value.get("init_args") or {})
+
+
+def open_verifiers(value: str | dict[str, Any], params: VerificationParams) -> VerifierPool:
+    """Returns the running pool of a verifier."""
+    return VerifierPool(
+        verifier_spec(value),
+        num_workers=params.num_workers,
+        deadline_s=params.deadline_s,
+        memory_bytes=int(params.memory_gib * 2**30),
+    )

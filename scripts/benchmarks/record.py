@@ -1,0 +1,86 @@
+"""One JSON line per benchmark case: what was run, on what, how fast, how much memory."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def commit() -> str:
+    """Returns the commit of this checkout, with -dirty behind it if files differ from it.
+
+    Raises:
+        SystemExit: outside a git checkout; a number without a commit cannot be compared.
+    """
+    command = ["git", "describe", "--always", "--abbrev=12", "--dirty"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise SystemExit("benchmarks are recorded with their commit; run them in a git checkout")
+    return done.stdout.strip()
+
+
+def cpu_model() -> str:
+    """Returns the processor's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Returns p20, p50 and p80 of repeated measurements (all equal for a single one)."""
+    if len(values) == 1:
+        return dict.fromkeys(("p20", "p50", "p80"), values[0])
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return {"p20": cuts[1], "p50": cuts[4], "p80": cuts[7]}
+
+
+def record(
+    benchmark: str, case: str, arguments: Mapping[str, object], values: Sequence[float], unit: str
+) -> dict[str, object]:
+    """Appends one case to results/<benchmark>.jsonl and returns what was written.
+
+    Args:
+        benchmark: name of the script without .py.
+        case: what was measured.
+        arguments: everything that the case was run with.
+        values: one measurement per repeat.
+        unit: of the values, such as tokens/s.
+    """
+    cuda = torch.cuda.is_available()
+    peak = torch.cuda.max_memory_allocated() if cuda else 0
+    row = {
+        "benchmark": benchmark,
+        "case": case,
+        "arguments": dict(arguments),
+        "unit": unit,
+        **{name: round(value, 3) for name, value in percentiles(values).items()},
+        "repeats": len(values),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        # Of the whole process so far, as Linux counts it: kilobytes.
+        "peak_memory_mb": round(
+            (peak / 2**20) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        ),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{benchmark}.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    return row
