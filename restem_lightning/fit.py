@@ -1,6 +1,7 @@
 """`restem fit`: the iterations of ReST^EM, one Trainer.fit each, chained through the run folder."""
 
 import json
+import logging
 import shlex
 import sys
 from dataclasses import dataclass, replace
@@ -145,6 +146,8 @@ def fit(words: list[str]) -> None:
     Raises:
         UserError: for a user's mistake.
     """
+    for name in ("lightning.pytorch", "lightning.fabric"):  # their import sets the level anew
+        logging.getLogger(name).setLevel(logging.WARNING)
     cli = ReSTEMCLI(
         PolicyModule,
         AcceptedDataModule,

@@ -4,7 +4,7 @@ import hashlib
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -183,6 +183,28 @@ def empty_reason(funnel: dict[str, Any]) -> str:
             "sampling.temperature, change the prompt, or check the verifier"
         )
     return f"the dataset is not empty: {funnel['accepted']} of {total} completions are accepted"
+
+
+def end_with_eos(accepted: pa.Table, eos_ids: Collection[int]) -> pa.Table:
+    """Returns an accepted dataset in which every completion ends with EOS, so that training shows it.
+
+    Completions that a stop string ended were cut before it and have no EOS of their own. The added
+    EOS has no log-probability: `logprobs` stays as drawn.
+
+    Args:
+        accepted: table of ACCEPTED_SCHEMA.
+        eos_ids: the policy's EOS token ids, the one to add first; empty for none.
+    """
+    if not eos_ids:
+        return accepted
+    end = next(iter(eos_ids))
+    place = ACCEPTED_SCHEMA.get_field_index("completion_ids")
+    ids = [
+        row if row[-1:] and row[-1] in eos_ids else [*row, end]
+        for row in accepted["completion_ids"].to_pylist()
+    ]
+    column = pa.array(ids, type=ACCEPTED_SCHEMA.field(place).type)
+    return accepted.set_column(place, ACCEPTED_SCHEMA.field(place), column)
 
 
 def write_accepted(path: str | Path, table: pa.Table) -> None:

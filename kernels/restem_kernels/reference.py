@@ -12,11 +12,9 @@ _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 
 
 def _mul_hi_lo(multiplier: int, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the high and low 32 bits of multiplier * values, without overflowing int64."""
-    low, high = values & 0xFFFF, values >> 16
-    product_low, product_high = low * multiplier, high * multiplier
-    middle = product_high + (product_low >> 16)
-    return (middle >> 16) & _MASK, ((middle << 16) & _MASK) | (product_low & 0xFFFF)
+    """Returns the high and low 32 bits of multiplier * values; int64 wraps, so no bit is lost."""
+    product = values * multiplier
+    return (product >> 32) & _MASK, product & _MASK
 
 
 def philox(key: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -41,6 +39,13 @@ def philox(key: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple
     return c0, c1, c2, c3
 
 
+def to_gumbel(bits: Tensor) -> Tensor:
+    """Returns standard Gumbel noise, float32, made of words with values in [0, 2**32)."""
+    # The winner lies where the uniform is near 0, where float32 is dense: hence log1p(-u).
+    uniform = (bits.to(torch.float32) * 2.0**-32 + 2.0**-33).clamp_max(1.0 - 2.0**-24)
+    return -torch.log(-torch.log1p(-uniform))
+
+
 def gumbel_noise(
     key: Tensor, completion_index: Tensor, position: Tensor, token_ids: Tensor
 ) -> Tensor:
@@ -62,11 +67,8 @@ def gumbel_noise(
         key[:, None, :],
         (token_ids >> 2, position[:, None], completion_index[:, None], torch.zeros_like(token_ids)),
     )
-    bits = torch.stack(torch.broadcast_tensors(*words), -1)
-    bits = bits.gather(-1, (token_ids & 3).unsqueeze(-1)).squeeze(-1)
-    # The winner lies where the uniform is near 0, where float32 is dense: hence log1p(-u).
-    uniform = (bits.to(torch.float32) * 2.0**-32 + 2.0**-33).clamp_max(1.0 - 2.0**-24)
-    return -torch.log(-torch.log1p(-uniform))
+    bits = torch.stack(words, -1).gather(-1, (token_ids & 3).unsqueeze(-1)).squeeze(-1)
+    return to_gumbel(bits)
 
 
 def process_logits(

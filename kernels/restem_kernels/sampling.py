@@ -1,12 +1,18 @@
 """Drawing the next token: temperature, top-k, top-p, min-p, an addressed draw, two log-probabilities.
 
-Meets `reference.sample_tokens`, which defines it. This path keeps at most a few hundred tokens per
-row before it makes any random number; it needs no sort of the vocabulary and no multinomial.
+Meets `reference.sample_tokens`, which defines it. With top-k, random numbers are made for a few
+dozen candidates of each row alone; there is no sort of the vocabulary and no multinomial.
+
+Shape legend: B rows (one sequence each), V vocabulary, C candidates.
 """
 
+import torch
 from torch import Tensor
 
 from restem_kernels import reference
+
+# Candidates beyond the k-th, for logits that tie with it: in bfloat16 about every other row has some.
+_SPARE = 64
 
 
 def sample_tokens(
@@ -20,22 +26,55 @@ def sample_tokens(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns what `reference.sample_tokens` returns, at a fraction of its cost if top_k > 0."""
+    """Returns what `reference.sample_tokens` returns, faster; a row's result depends on it alone."""
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     num_tokens = logits.shape[-1]
-    if temperature == 0.0 or not 0 < top_k < num_tokens:
+    if temperature == 0.0:
         return reference.sample_tokens(logits, key, completion_index, position, **settings)
-    # One more than k tells whether the k-th value is tied beyond the kept ones (common in bfloat16).
-    values, token_ids = logits.topk(top_k + 1, dim=-1)
-    if bool((values[:, -1] == values[:, -2]).any()):
-        return reference.sample_tokens(logits, key, completion_index, position, **settings)
-    values, token_ids = values[:, :-1].float(), token_ids[:, :-1]
-    normalizer = logits.float().logsumexp(-1, keepdim=True)
-    scores = reference.process_logits(
-        values, temperature=temperature, top_k=0, top_p=top_p, min_p=min_p
-    )
+    if not 0 < top_k < num_tokens - _SPARE:
+        scores = reference.process_logits(logits, **settings)
+        noise = _noise_of_all(key, completion_index, position, num_tokens)
+        return _draw(logits, scores, noise, None)
+    values, token_ids = logits.topk(top_k + _SPARE, dim=-1)
+    scores = reference.process_logits(values, **settings)
     noise = reference.gumbel_noise(key, completion_index, position, token_ids)
+    drawn = _draw(logits, scores, noise, token_ids)
+    scaled = values.float() / temperature
+    unsure = (scaled[:, -1] == scaled[:, top_k - 1]) & scaled[:, -1].isfinite()
+    if bool(unsure.any()):  # more ties than spare candidates
+        rows = unsure.nonzero().squeeze(-1)
+        again = (tensor[rows] for tensor in (logits, key, completion_index, position))
+        for target, part in zip(drawn, reference.sample_tokens(*again, **settings), strict=True):
+            target[rows] = part
+    return drawn
+
+
+def _noise_of_all(
+    key: Tensor, completion_index: Tensor, position: Tensor, num_tokens: int
+) -> Tensor:
+    """Returns `reference.gumbel_noise` [B, V] of every token, each word made once."""
+    groups = torch.arange((num_tokens + 3) // 4, device=key.device).expand(key.shape[0], -1)
+    words = reference.philox(
+        key[:, None, :],
+        (groups, position[:, None], completion_index[:, None], torch.zeros_like(groups)),
+    )
+    return reference.to_gumbel(torch.stack(words, -1).flatten(1)[:, :num_tokens])
+
+
+def _draw(
+    logits: Tensor, scores: Tensor, noise: Tensor, token_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the tokens with the largest sum of score and noise, and their two log-probabilities.
+
+    Args:
+        logits: [B, V] any float dtype.
+        scores: [B, C] float32, -inf where nothing may be drawn.
+        noise: [B, C] float32.
+        token_ids: [B, C] int64, None where the candidates are the whole vocabulary.
+    """
     best = (scores + noise).argmax(-1, keepdim=True)
-    tokens = token_ids.gather(-1, best).squeeze(-1)
-    logprobs = (values.gather(-1, best) - normalizer).squeeze(-1)
-    return tokens, logprobs, scores.log_softmax(-1).gather(-1, best).squeeze(-1)
+    tokens = best if token_ids is None else token_ids.gather(-1, best)
+    # Not logsumexp: for a single row it would add in another order.
+    logprobs = logits.log_softmax(-1, dtype=torch.float32).gather(-1, tokens)
+    drawn_from = scores.log_softmax(-1).gather(-1, best)
+    return tokens.squeeze(-1), logprobs.squeeze(-1), drawn_from.squeeze(-1)

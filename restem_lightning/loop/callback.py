@@ -14,22 +14,22 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer
 
 from restem_lightning.completions import CompletionStore
 from restem_lightning.errors import UserError
 from restem_lightning.loop.e_step import EStepParams, Policy, fill_store
 from restem_lightning.loop.evaluate import EvaluationParams, draw_evaluation, mean_reward, measure
 from restem_lightning.loop.tracking import Tracker
-from restem_lightning.m_step.export import export_policy, load_best, policy_hash
+from restem_lightning.m_step.export import export_policy, load_best
 from restem_lightning.problems import Problem
 from restem_lightning.prompts import PromptTemplate
 from restem_lightning.run_dir import IterationDir, RunDir, read_json, write_json
-from restem_lightning.sampler import EngineParams, Sampler, SamplingParams
+from restem_lightning.sampler import EngineParams, SamplingParams
 from restem_lightning.sampler.weights import checksum
 from restem_lightning.selection import (
     SelectionParams,
     empty_reason,
+    end_with_eos,
     select_completions,
     write_accepted,
 )
@@ -76,14 +76,6 @@ class Loop:
     evaluation: EvaluationParams
     tracker: Tracker
 
-    def load_policy(self, folder: str) -> Policy:
-        """Returns a policy ready to sample."""
-        return Policy(
-            sampler=Sampler(folder, self.engine),
-            tokenizer=AutoTokenizer.from_pretrained(folder),
-            hash=policy_hash(folder),
-        )
-
     def draw(self, policy: Policy) -> dict[str, Any]:
         """Returns the arguments that every sampling stage of this run shares."""
         return {
@@ -118,7 +110,7 @@ class ReSTEMCallback(Callback):
         """The E-step: here ranks are connected and no training weights are in memory yet."""
         base_is_measured = self.loop.run.iteration(0).metrics.exists()
         if not (self.paths.funnel.exists() and base_is_measured):
-            policy = self.loop.load_policy(self.sampler_policy)
+            policy = load_policy(self.sampler_policy, self.loop.engine)
             if self.iteration == 1 and not base_is_measured:
                 self._measure(0, policy)
             if not self.paths.funnel.exists():
@@ -151,7 +143,7 @@ class ReSTEMCallback(Callback):
             self._export(trainer, pl_module)
         pl_module.model = None
         release_memory()
-        self._measure(self.iteration, self.loop.load_policy(str(self.paths.policy)))
+        self._measure(self.iteration, load_policy(str(self.paths.policy), self.loop.engine))
         release_memory()
 
     def state_dict(self) -> dict[str, Any]:
@@ -192,7 +184,8 @@ class ReSTEMCallback(Callback):
         )
         if selection.accepted.num_rows == 0:
             raise UserError(f"the accepted dataset is empty: {empty_reason(funnel)}")
-        write_accepted(self.paths.accepted, selection.accepted)
+        accepted = end_with_eos(selection.accepted, policy.sampler.eos_ids)
+        write_accepted(self.paths.accepted, accepted)
         write_json(self.paths.funnel, funnel)
         self.loop.tracker.log_completions(self.iteration, store, MAX_TABLE_ROWS)
 
@@ -200,7 +193,7 @@ class ReSTEMCallback(Callback):
         """Returns the mean reward over D_val; each rank samples its share of the problems."""
         loop = self.loop
         if self.validation_policy is None:
-            self.validation_policy = loop.load_policy(pl_module.policy)
+            self.validation_policy = load_policy(pl_module.policy, loop.engine)
         sampler = self.validation_policy.sampler
         sampler.update_weights(live_weights(pl_module.model))
         if sampler.checksum() != checksum(live_weights(pl_module.model), sampler.dtype):

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch.distributed as dist
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 from restem_lightning.completions import Completion, CompletionStore, VerdictKind
 from restem_lightning.errors import UserError
+from restem_lightning.m_step.export import policy_hash
 from restem_lightning.problems import Problem
 from restem_lightning.prompts import PromptTemplate, encode_prompt, template_hash
-from restem_lightning.sampler import Request, Sample, Sampler, SamplingParams
+from restem_lightning.sampler import EngineParams, Request, Sample, Sampler, SamplingParams
 from restem_lightning.verifiers import VerifierPool, check_references
 
 MIN_VERDICTS_FOR_ALARM = 200
@@ -56,6 +58,15 @@ class Policy:
     sampler: Sampler
     tokenizer: Any
     hash: str
+
+
+def load_policy(folder: str, engine: EngineParams) -> Policy:
+    """Returns a policy folder ready to sample."""
+    return Policy(
+        sampler=Sampler(folder, engine),
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        hash=policy_hash(folder),
+    )
 
 
 @dataclass(kw_only=True)

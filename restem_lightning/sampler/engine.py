@@ -116,7 +116,7 @@ class Sampler:
             smallest if self.invariant else max(2048, smallest)
         )
         eos = self.module.generation_config.eos_token_id
-        self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or [])
+        self.eos_ids = tuple([eos] if isinstance(eos, int) else eos or [])
         self.num_preemptions = 0
 
     def update_weights(self, named: Iterable[tuple[str, Tensor]]) -> None:

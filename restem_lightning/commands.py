@@ -1,0 +1,209 @@
+"""The verbs beside `fit`: sample, verify, evaluate, report."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from restem_lightning.errors import UserError
+from restem_lightning.problems import read_problems
+
+
+def sample(words: list[str]) -> None:
+    """`restem sample`: draws and verifies completions into a folder of parquet parts; resumable.
+
+    Raises:
+        UserError: for a user's mistake.
+    """
+    from restem_lightning.completions import CompletionStore
+    from restem_lightning.loop.e_step import EStepParams, fill_store, prepare_problems
+    from restem_lightning.run_dir import write_json
+    from restem_lightning.selection import SelectionParams, select_completions, write_accepted
+
+    parser = _sampling_parser(
+        "sample", "Draws and verifies completions of a policy: the E-step alone. Resumable."
+    )
+    parser.add_argument("--output", type=str, required=True, help="Folder for parts and accepted.")
+    parser.add_argument("--iteration", type=int, default=1, help="Part of the draws' address.")
+    parser.add_class_arguments(SelectionParams, "selection")
+    parser.add_class_arguments(EStepParams, "e_step")
+    made = _parse(parser, words)
+    output = Path(made.output)
+    store = CompletionStore(output / "completions")
+    with _verifiers(made) as verifiers:
+        problems = prepare_problems(
+            read_problems(made.problems), verifiers, name="problems", warn=print
+        )
+        fill_store(
+            store,
+            problems,
+            policy=_policy(made),
+            template=made.prompt,
+            verifiers=verifiers,
+            params=made.sampling,
+            e_step=made.e_step,
+            seed=made.seed,
+            iteration=made.iteration,
+            show="sample",
+        )
+    selection = select_completions(store, **asdict(made.selection))
+    write_accepted(output / "accepted.parquet", selection.accepted)
+    write_json(output / "funnel.json", selection.funnel)
+    print(json.dumps(selection.funnel))
+    print(f"completions  {store.folder}\naccepted     {output / 'accepted.parquet'}")
+
+
+def verify(words: list[str]) -> None:
+    """`restem verify`: judges given completions, one output line for each input line.
+
+    Raises:
+        UserError: for a user's mistake.
+    """
+    from restem_lightning.settings import VERIFIERS, verifier_spec
+    from restem_lightning.verifiers import verify_file
+
+    parser = _parser("verify", "Judges given completions: one output line for each input line.")
+    parser.add_argument(
+        "--verifier",
+        type=str | dict[str, Any],
+        required=True,
+        help=f"Name ({', '.join(VERIFIERS)}) or {{class_path, init_args}} of your own.",
+    )
+    parser.add_argument(
+        "--input",
+        type=str,
+        required=True,
+        help="JSONL with problem_id, completion and the problem's fields on each line.",
+    )
+    parser.add_argument("--output", type=str, required=True, help="JSONL file to write.")
+    parser.add_argument("--workers", type=int, default=1, help="Worker processes.")
+    parser.add_argument("--deadline_s", type=float, default=5.0, help="Seconds for one completion.")
+    made = _parse(parser, words)
+    counts = verify_file(
+        verifier_spec(made.verifier),
+        made.input,
+        made.output,
+        num_workers=made.workers,
+        deadline_s=made.deadline_s,
+    )
+    print(json.dumps(counts))
+
+
+def evaluate(words: list[str]) -> None:
+    """`restem evaluate`: greedy pass@1, pass@k and maj@k of a policy, with 95 % intervals.
+
+    Raises:
+        UserError: for a user's mistake.
+    """
+    from restem_lightning.loop.e_step import EStepParams, prepare_problems
+    from restem_lightning.loop.evaluate import EvaluationParams, draw_evaluation, measure
+    from restem_lightning.run_dir import write_json
+
+    parser = _sampling_parser("evaluate", "Measures a policy on problems.")
+    parser.add_argument(
+        "--output", type=str, required=True, help="Folder for completions and metrics.json."
+    )
+    parser.add_argument("--n", type=int, default=16, help="Completions per problem; 0 for none.")
+    parser.add_argument(
+        "--k", type=str, default="1", help="The k of pass@k, separated by commas, e.g. 1,4,16."
+    )
+    parser.add_argument("--greedy", type=bool, default=True, help="Measure greedy pass@1 too.")
+    parser.add_argument("--temperature", type=float, default=1.0, help="Of the n completions.")
+    parser.add_argument("--top_p", type=float, default=0.95, help="Of the n completions.")
+    made = _parse(parser, words)
+    if not all(k.strip().isdecimal() for k in made.k.split(",")):
+        raise UserError(f"k ({made.k}) must be whole numbers separated by commas, e.g. 1,4,16")
+    evaluation = EvaluationParams(
+        greedy=made.greedy,
+        n=made.n,
+        ks=tuple(int(k) for k in made.k.split(",")),
+        temperature=made.temperature,
+        top_p=made.top_p,
+    )
+    name, output = Path(made.problems).name.split(".")[0], Path(made.output)
+    with _verifiers(made) as verifiers:
+        problems = prepare_problems(
+            read_problems(made.problems), verifiers, name="problems", warn=print
+        )
+        draw_evaluation(
+            output,
+            name,
+            problems,
+            evaluation,
+            policy=_policy(made),
+            template=made.prompt,
+            verifiers=verifiers,
+            sampling=made.sampling,
+            e_step=EStepParams(),
+            seed=made.seed,
+            iteration=0,
+        )
+    metrics = measure(output, evaluation)
+    write_json(output / "metrics.json", {"evaluation": {name: metrics}})
+    print(f"{'metric':16}{'value':>8}   95 % interval   ({len(problems)} problems)")
+    for key, value in metrics.items():
+        low, high = 100 * value["low"], 100 * value["high"]
+        print(f"{key:16}{100 * value['value']:7.1f} %   [{low:.1f}, {high:.1f}]")
+    print(f"metrics  {output / 'metrics.json'}")
+
+
+def report(words: list[str]) -> None:
+    """`restem report`: one HTML file about runs, or their metrics as JSON.
+
+    Raises:
+        UserError: for a user's mistake.
+    """
+    from restem_lightning.report.html import collect_metrics, iteration_table, write_report
+
+    parser = _parser("report", "Writes one self-contained HTML file about runs.")
+    parser.add_argument("run_dirs", nargs="+", type=str, help="Run folders.")
+    parser.add_argument(
+        "--output",
+        type=str | None,
+        default=None,
+        help="The HTML file; report.html in the first run folder if not given.",
+    )
+    parser.add_argument("--json", action="store_true", help="Print all metrics as JSON instead.")
+    made = _parse(parser, words)
+    if made.json:
+        print(json.dumps(collect_metrics(made.run_dirs)))
+        return
+    for run_dir in made.run_dirs:
+        print(f"{run_dir}\n{iteration_table(run_dir)}\n")
+    output = write_report(made.run_dirs, made.output or Path(made.run_dirs[0]) / "report.html")
+    print(f"report  {output}")
+
+
+def _parser(verb: str, description: str) -> ArgumentParser:
+    parser = ArgumentParser(prog=f"restem {verb}", description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of these options.")
+    return parser
+
+
+def _sampling_parser(verb: str, description: str) -> ArgumentParser:
+    from restem_lightning.settings import add_policy_settings
+
+    parser = _parser(verb, description)
+    add_policy_settings(parser)
+    parser.add_argument("--problems", type=str, required=True, help="JSONL file of problems.")
+    parser.add_argument("--seed", type=int, default=0, help="Part of the draws' address.")
+    return parser
+
+
+def _parse(parser: ArgumentParser, words: list[str]) -> Any:
+    return parser.instantiate_classes(parser.parse_args(words))
+
+
+def _policy(made: Any) -> Any:
+    from restem_lightning.loop.e_step import load_policy
+    from restem_lightning.settings import resolve_policy
+
+    return load_policy(resolve_policy(made.policy), made.engine)
+
+
+def _verifiers(made: Any) -> Any:
+    from restem_lightning.settings import open_verifiers
+
+    return open_verifiers(made.verifier, made.verification)

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Installs into .venv what the tests need and runs ruff and all tests.
+# Usage: bash scripts/test.sh [options of pytest]      e.g. -k sampler
+set -eu
+# shellcheck source=scripts/install.sh
+. "$(dirname "$0")/install.sh" dev
+ruff check .
+ruff format --check .
+# The tests are many small matrix products: a second OpenMP thread only gets in their way.
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec pytest -q "$@"
