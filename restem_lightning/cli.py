@@ -1,6 +1,5 @@
-"""The command line: `restem VERB ...`; `fit` is a LightningCLI that chains one Trainer.fit per iteration."""
+"""The command line: `restem VERB ...`; every user's mistake ends in one line."""
 
-import logging
 import os
 import sys
 import warnings
@@ -71,10 +70,7 @@ def _command(verb: str) -> Callable[[list[str]], None]:
 
 
 def _quiet_libraries() -> None:
-    """Keeps other libraries' chatter off the screen; what matters is raised or shown by us."""
+    """Keeps warnings of other libraries off the screen; what matters is raised or shown by us."""
     warnings.filterwarnings("ignore", module="lightning|torch|transformers|jsonargparse")
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,11 +1,13 @@
 """The verbs beside `fit`: sample, verify, evaluate, report."""
 
+import hashlib
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ActionYesNo, ArgumentParser
 
 from restem_lightning.errors import UserError
 from restem_lightning.problems import read_problems
@@ -34,7 +36,7 @@ def sample(words: list[str]) -> None:
     store = CompletionStore(output / "completions")
     with _verifiers(made) as verifiers:
         problems = prepare_problems(
-            read_problems(made.problems), verifiers, name="problems", warn=print
+            read_problems(made.problems), verifiers, name="problems", warn=_warn
         )
         fill_store(
             store,
@@ -61,16 +63,11 @@ def verify(words: list[str]) -> None:
     Raises:
         UserError: for a user's mistake.
     """
-    from restem_lightning.settings import VERIFIERS, verifier_spec
+    from restem_lightning.settings import VERIFIER_HELP, verifier_setting, verifier_spec
     from restem_lightning.verifiers import verify_file
 
     parser = _parser("verify", "Judges given completions: one output line for each input line.")
-    parser.add_argument(
-        "--verifier",
-        type=str | dict[str, Any],
-        required=True,
-        help=f"Name ({', '.join(VERIFIERS)}) or {{class_path, init_args}} of your own.",
-    )
+    parser.add_argument("--verifier", type=verifier_setting, required=True, help=VERIFIER_HELP)
     parser.add_argument(
         "--input",
         type=str,
@@ -103,16 +100,22 @@ def evaluate(words: list[str]) -> None:
 
     parser = _sampling_parser("evaluate", "Measures a policy on problems.")
     parser.add_argument(
-        "--output", type=str, required=True, help="Folder for completions and metrics.json."
+        "--output",
+        type=str | None,
+        default=None,
+        help="Folder for completions and metrics.json; one below runs/evaluate if not given.",
     )
     parser.add_argument("--n", type=int, default=16, help="Completions per problem; 0 for none.")
     parser.add_argument(
         "--k", type=str, default="1", help="The k of pass@k, separated by commas, e.g. 1,4,16."
     )
-    parser.add_argument("--greedy", type=bool, default=True, help="Measure greedy pass@1 too.")
+    parser.add_argument(
+        "--greedy", action=ActionYesNo, default=True, help="Whether to measure greedy pass@1."
+    )
     parser.add_argument("--temperature", type=float, default=1.0, help="Of the n completions.")
     parser.add_argument("--top_p", type=float, default=0.95, help="Of the n completions.")
-    made = _parse(parser, words)
+    config = parser.parse_args(words)
+    made = parser.instantiate_classes(config)
     if not all(k.strip().isdecimal() for k in made.k.split(",")):
         raise UserError(f"k ({made.k}) must be whole numbers separated by commas, e.g. 1,4,16")
     evaluation = EvaluationParams(
@@ -122,10 +125,12 @@ def evaluate(words: list[str]) -> None:
         temperature=made.temperature,
         top_p=made.top_p,
     )
-    name, output = Path(made.problems).name.split(".")[0], Path(made.output)
+    name = Path(made.problems).name.split(".")[0]
+    digest = hashlib.sha256(parser.dump(config).encode()).hexdigest()[:8]
+    output = Path(made.output or f"runs/evaluate/{Path(made.policy).name}-{name}-{digest}")
     with _verifiers(made) as verifiers:
         problems = prepare_problems(
-            read_problems(made.problems), verifiers, name="problems", warn=print
+            read_problems(made.problems), verifiers, name="problems", warn=_warn
         )
         draw_evaluation(
             output,
@@ -176,6 +181,10 @@ def report(words: list[str]) -> None:
     print(f"report  {output}")
 
 
+def _warn(text: str) -> None:
+    print(f"restem: {text}", file=sys.stderr)
+
+
 def _parser(verb: str, description: str) -> ArgumentParser:
     parser = ArgumentParser(prog=f"restem {verb}", description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of these options.")
@@ -183,8 +192,9 @@ def _parser(verb: str, description: str) -> ArgumentParser:
 
 
 def _sampling_parser(verb: str, description: str) -> ArgumentParser:
-    from restem_lightning.settings import add_policy_settings
+    from restem_lightning.settings import add_policy_settings, quiet_libraries
 
+    quiet_libraries()
     parser = _parser(verb, description)
     add_policy_settings(parser)
     parser.add_argument("--problems", type=str, required=True, help="JSONL file of problems.")

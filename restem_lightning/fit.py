@@ -1,16 +1,21 @@
 """`restem fit`: the iterations of ReST^EM, one Trainer.fit each, chained through the run folder."""
 
 import json
-import logging
 import shlex
+import signal
 import sys
-from dataclasses import dataclass, replace
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from restem_lightning.completions import CompletionStore
 from restem_lightning.errors import UserError
 from restem_lightning.loop.callback import Loop, ReSTEMCallback
 from restem_lightning.loop.e_step import EStepParams, prepare_problems
@@ -19,22 +24,23 @@ from restem_lightning.loop.tracking import Tracker, TrackingParams
 from restem_lightning.m_step.datamodule import AcceptedDataModule
 from restem_lightning.m_step.module import PolicyModule
 from restem_lightning.m_step.stopping import resume_checkpoint, stop_callbacks
-from restem_lightning.problems import ProblemSource, check_splits
+from restem_lightning.problems import Problem, ProblemSource, check_splits
 from restem_lightning.report.html import iteration_table, write_report
 from restem_lightning.run_dir import RunDir, open_run
 from restem_lightning.selection import SelectionParams
 from restem_lightning.settings import (
     add_policy_settings,
     open_verifiers,
+    quiet_libraries,
     resolve_policy,
 )
+from restem_lightning.verifiers import VerifierPool
 
 # What may differ when a run is gone on with: it changes how far, where and how fast, not what.
 FREE_ON_RESUME = (
     "iterations",
     "tracking",
     "verification",
-    "engine.max_batch_tokens",
     "engine.cache_tokens",
     "trainer.accelerator",
     "trainer.devices",
@@ -43,6 +49,8 @@ FREE_ON_RESUME = (
     "trainer.enable_progress_bar",
     "trainer.log_every_n_steps",
 )
+# What the loop gives each Trainer itself.
+OWN_TRAINER_SETTINGS = ("logger", "default_root_dir", "fast_dev_run")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,18 +145,17 @@ class ReSTEMCLI(LightningCLI):
         return self.instantiate_trainer(callbacks=callbacks, **changes)
 
 
-def fit(words: list[str]) -> None:
-    """Runs or resumes a run.
+def make_cli(words: list[str]) -> ReSTEMCLI:
+    """Returns the parsed command line of `restem fit`; no object is made and nothing runs.
 
     Args:
         words: the words after `restem fit`.
 
     Raises:
-        UserError: for a user's mistake.
+        jsonargparse.ArgumentError: for a setting that is unknown or of the wrong type.
     """
-    for name in ("lightning.pytorch", "lightning.fabric"):  # their import sets the level anew
-        logging.getLogger(name).setLevel(logging.WARNING)
-    cli = ReSTEMCLI(
+    quiet_libraries()
+    return ReSTEMCLI(
         PolicyModule,
         AcceptedDataModule,
         args=words,
@@ -169,89 +176,164 @@ def fit(words: list[str]) -> None:
             "log_every_n_steps": 10,
         },
     )
+
+
+def fit(words: list[str]) -> None:
+    """Runs or resumes a run.
+
+    Args:
+        words: the words after `restem fit`.
+
+    Raises:
+        UserError: for a user's mistake.
+    """
+    cli = make_cli(words)
     run = RunDir(cli.config.run_dir)
+    with _stopping(run, command=shlex.join(["restem", "fit", *words])):
+        try:
+            _run(cli, run)
+        except MisconfigurationException as error:
+            raise UserError(f"trainer: {error}") from error
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, on the way of Ctrl-C."""
+
+
+def _terminate(*_: Any) -> None:
+    raise _Terminated
+
+
+@contextmanager
+def _stopping(run: RunDir, *, command: str) -> Iterator[None]:
+    """Ends the process at Ctrl-C or SIGTERM with a line that says what is saved."""
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGTERM, _terminate) if is_main_thread else None
     try:
-        _run(cli, run)
-    except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C into SystemExit(1)
-        if isinstance(stop, KeyboardInterrupt) or stop.code == 1:
-            command = shlex.join(["restem", "fit", *words])
-            print(
-                f"\nrestem fit: stopped; what is finished is in {run.path}. Go on with: {command}",
-                file=sys.stderr,
-            )
-            sys.exit(130)
-        raise
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning turns a KeyboardInterrupt into SystemExit(1).
+        cause = stop if isinstance(stop, KeyboardInterrupt) else stop.__context__
+        if not isinstance(cause, KeyboardInterrupt):
+            raise
+        if rank_zero_only.rank == 0:
+            print(f"\nrestem fit: stopped; {_saved(run)}; go on with: {command}", file=sys.stderr)
+        sys.exit(143 if isinstance(cause, _Terminated) else 130)
+    finally:
+        if is_main_thread:
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _saved(run: RunDir) -> str:
+    """Returns what a resumed run will not do again."""
+    iteration = run.resume_iteration()
+    paths = run.iteration(iteration)
+    checkpoint = resume_checkpoint(paths.m_step)
+    parts = len(CompletionStore(paths.completions).parts())
+    saved = [f"{iteration - 1} finished iterations"]
+    if paths.policy.exists():
+        saved.append(f"the policy of iteration {iteration}")
+    elif checkpoint is not None:
+        saved.append(f"the M-step of iteration {iteration} up to {checkpoint.name}")
+    elif paths.funnel.exists():
+        saved.append(f"the E-step of iteration {iteration}")
+    elif parts:
+        saved.append(f"{parts} parts of the E-step of iteration {iteration}")
+    return f"{run.path} keeps {' and '.join(saved)}"
 
 
 def _run(cli: ReSTEMCLI, run: RunDir) -> None:
     config = cli.config
-    if config.iterations < 1:
-        raise UserError(f"iterations ({config.iterations}) must be at least 1")
     made = cli.build()
-    if (
-        made.selection.max_per_problem is not None
-        and made.selection.max_per_problem > made.sampling.n
-    ):
-        raise UserError(
-            f"selection.max_per_problem ({made.selection.max_per_problem}) must be at most "
-            f"sampling.n ({made.sampling.n}); lower it or draw more"
-        )
+    _check_settings(config, made, run)
     base = resolve_policy(config.policy)
-    stop_callbacks(made.stop.rule, patience=made.stop.patience, folder=run.path)  # checks both
-    if made.problems.validation is None and made.stop.rule != "none":
-        raise UserError(
-            f"stop.rule ({made.stop.rule}) needs problems.validation; give it, or set stop.rule to none"
-        )
+    if config.start_from not in ("base", "previous"):
+        resolve_policy(config.start_from)
     settings = cli.settings()
-    if rank_zero_only.rank == 0:
-        open_run(run.path, settings, free=FREE_ON_RESUME)
     with open_verifiers(config.verifier, made.verification) as verifiers:
-        loop = _make_loop(made, run, base, verifiers, settings)
-        for iteration in range(run.resume_iteration(), config.iterations + 1):
-            _fit_iteration(cli, loop, iteration)
-        loop.tracker.close()
+        problems = _load_problems(made, verifiers)
+        if rank_zero_only.rank == 0:  # last: a mistake must not bind the folder to its settings
+            open_run(run.path, settings, free=FREE_ON_RESUME)
+        with Tracker(made.tracking, run, settings) as tracker:
+            loop = _make_loop(
+                made, problems, run=run, base=base, seed=settings["seed"], verifiers=verifiers,
+                tracker=tracker,
+            )  # fmt: skip
+            for iteration in range(run.resume_iteration(), config.iterations + 1):
+                _fit_iteration(cli, loop, iteration)
     if rank_zero_only.rank == 0:
         write_report([run.path], run.report)
         last = run.iteration(config.iterations)
         print(f"\n{iteration_table(run.path)}\n\nreport  {run.report}\npolicy  {last.policy}")
 
 
-def _make_loop(made: Any, run: RunDir, base: str, verifiers, settings: dict[str, Any]) -> Loop:
-    """Loads and checks the problems and puts together what the iterations share."""
+def _check_settings(config: Any, made: Any, run: RunDir) -> None:
+    """Checks what no single setting can check by itself.
+
+    Raises:
+        UserError: settings do not fit together.
+    """
+    if config.iterations < 1:
+        raise UserError(f"iterations ({config.iterations}) must be at least 1")
+    for name in OWN_TRAINER_SETTINGS:
+        if value := config.trainer[name]:
+            raise UserError(f"trainer.{name} ({value}) is set by the loop; remove it")
+    n, most = made.sampling.n, made.selection.max_per_problem
+    if most is not None and most > n:
+        raise UserError(
+            f"selection.max_per_problem ({most}) must be at most sampling.n ({n}); lower it or "
+            "draw more"
+        )
+    stop_callbacks(made.stop.rule, patience=made.stop.patience, folder=run.path)  # checks both
+    if made.problems.validation is None and made.stop.rule != "none":
+        raise UserError(
+            f"stop.rule ({made.stop.rule}) needs problems.validation; give it, or set stop.rule "
+            "to none"
+        )
+    if taken := {"train", "validation"} & set(made.problems.held_out):
+        raise UserError(f"problems.held_out must not name a set {taken.pop()}; rename it")
+
+
+def _load_problems(made: Any, verifiers: VerifierPool) -> dict[str, list[Problem]]:
+    """Returns the checked problems: train, validation, and each held-out set by its name."""
     sources = {"train": made.problems.train, **made.problems.held_out}
     if made.problems.validation is not None:
         sources["validation"] = made.problems.validation
-    if len(sources) < 1 + len(made.problems.held_out) + (made.problems.validation is not None):
-        raise UserError("problems.held_out must not name a set `train` or `validation`")
     problems = {name: source.load() for name, source in sources.items()}
     check_splits(problems)
-    problems = {
+    return {
         name: prepare_problems(some, verifiers, name=name, warn=_say)
         for name, some in problems.items()
     }
+
+
+def _make_loop(
+    made: Any,
+    problems: dict[str, list[Problem]],
+    *,
+    run: RunDir,
+    base: str,
+    seed: int,
+    verifiers: VerifierPool,
+    tracker: Tracker,
+) -> Loop:
+    """Puts together what the iterations share."""
     return Loop(
         run=run,
         base=base,
-        seed=settings["seed"],
+        seed=seed,
         train=problems["train"],
         validation=problems.get("validation", []),
         held_out={name: problems[name] for name in made.problems.held_out},
         template=made.prompt,
         verifiers=verifiers,
         sampling=made.sampling,
-        validation_sampling=replace(
-            made.sampling,
-            n=made.validation.n,
-            temperature=made.validation.temperature,
-            top_k=made.validation.top_k,
-            top_p=made.validation.top_p,
-            min_p=0.0,
-        ),
+        validation_sampling=replace(made.sampling, **asdict(made.validation), min_p=0.0),
         engine=made.engine,
         e_step=made.e_step,
         selection=made.selection,
         evaluation=made.evaluation,
-        tracker=Tracker(made.tracking, run, settings),
+        tracker=tracker,
     )
 
 
@@ -271,7 +353,7 @@ def _fit_iteration(cli: ReSTEMCLI, loop: Loop, iteration: int) -> None:
     trainer = cli.make_trainer(
         made,
         callbacks=[callback, *stop],
-        logger=loop.tracker.m_step_logger(paths.m_step),
+        logger=loop.tracker.m_step_loggers(iteration),
         default_root_dir=str(paths.m_step),
     )
     trainer.fit(made.model, made.data, ckpt_path=resume_checkpoint(paths.m_step))

@@ -1,10 +1,14 @@
 """What several verbs let a user set, and how the values become objects."""
 
+import json
+import logging
+from argparse import ArgumentTypeError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
+from transformers.utils import logging as transformers_logging
 
 from restem_lightning.errors import UserError
 from restem_lightning.m_step.export import check_policy_folder
@@ -18,6 +22,10 @@ VERIFIERS = {
     "procedural": "restem_lightning.verifiers.ProceduralVerifier",
     "callable": "restem_lightning.verifiers.CallableVerifier",
 }
+VERIFIER_HELP = (
+    f"Name ({', '.join(VERIFIERS)}), class path (package.module.Class or path/file.py:Class), or "
+    "{class_path, init_args}."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +53,21 @@ class VerificationParams:
                 raise UserError(f"verification.{name} ({getattr(self, name)}) must be above 0")
 
 
+def quiet_libraries() -> None:
+    """Keeps chatter of Lightning and transformers off the screen, once they are imported."""
+    for name in ("lightning.pytorch", "lightning.fabric"):  # their import sets the level anew
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
 def add_policy_settings(parser: ArgumentParser) -> None:
     """Adds what every verb that samples needs: policy, prompt, verifier, sampling, engine."""
     parser.add_argument(
         "--policy",
         type=str,
         default="embedded",
-        help="Folder in Hugging Face layout, hub id, or `embedded` for the small model in the package.",
+        help="Folder in Hugging Face layout, hub id, or `embedded` for the package's small model.",
     )
     parser.add_argument(
         "--prompt",
@@ -62,12 +78,7 @@ def add_policy_settings(parser: ArgumentParser) -> None:
         },
         help="How a problem is put to the policy: a class with `render(problem, tokenizer)`.",
     )
-    parser.add_argument(
-        "--verifier",
-        type=str | dict[str, Any],
-        default="math",
-        help=f"Name ({', '.join(VERIFIERS)}) or {{class_path, init_args}} of your own.",
-    )
+    parser.add_argument("--verifier", type=verifier_setting, default="math", help=VERIFIER_HELP)
     parser.add_class_arguments(SamplingParams, "sampling")
     parser.add_class_arguments(EngineParams, "engine")
     parser.add_class_arguments(VerificationParams, "verification")
@@ -93,11 +104,23 @@ def resolve_policy(policy: str) -> str:
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"policy ({policy}) is no folder, and the hub does not give it ({reason}); give the "
-                "path of a folder in Hugging Face layout"
+                f"policy ({policy}) is no folder, and the hub does not give it ({reason}); give "
+                "the path of a folder in Hugging Face layout"
             ) from error
     check_policy_folder(folder)
     return str(folder)
+
+
+def verifier_setting(value: str | dict[str, Any]) -> str | dict[str, Any]:
+    """Returns the setting `verifier` as YAML gives it; on the command line a mapping is JSON.
+
+    jsonargparse's own type for mappings takes every `class_path` for a class it can import itself.
+    """
+    is_json = isinstance(value, str) and value.startswith("{")
+    try:
+        return json.loads(value) if is_json else value
+    except ValueError as error:
+        raise ArgumentTypeError(f"{value} is not JSON ({error})") from error
 
 
 def verifier_spec(value: str | dict[str, Any]) -> VerifierSpec:

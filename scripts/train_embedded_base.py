@@ -3,7 +3,7 @@
 Run from the repository root: python scripts/train_embedded_base.py
 Nothing is fetched. The problems are those of the split `corpus`, which no run ever sees, each seen
 once. As in real corpora, the writers of the solutions are careless: they slip in a calculation,
-skip a change, add what is taken away, or guess without any working.
+skip a change, add what is taken away, or guess without any working, long problems most of all.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from restem_lightning.word_problems import Step, calculate, draw_split, work_out
 
 PROMPT = "Q: {question}\nA:\n"
 EOS = "<|end|>"
-SLIP, SKIP, ADD, GUESS = 0.1, 0.03, 0.08, 0.15  # chances per calculation, change, -, solution
+SLIP, SKIP, ADD = 0.06, 0.03, 0.05  # chances per calculation, change and subtraction
+GUESS = {2: 0.05, 3: 0.55, 4: 0.65}  # by the number of changes: long problems tempt people to guess
 BUCKET = 16  # batches that are sorted by length together, so that little is padding
 
 
@@ -36,7 +37,7 @@ def slip(rng: random.Random, result: int) -> int:
 
 def write_with_slips(rng: random.Random, start: int, steps: tuple[Step, ...]) -> str:
     """Returns a solution as a careless person writes it; an error is carried on to the end."""
-    if rng.random() < GUESS:
+    if rng.random() < GUESS[len(steps)]:
         return f"#### {slip(rng, work_out(start, steps)[-1][-1])}"
     lines, count = [], start
     for step in steps:
@@ -128,7 +129,7 @@ def main() -> None:
     )
     folder = Path("restem_lightning/assets/policy")
     parser.add_argument("--output", type=Path, default=folder, help="policy folder to write")
-    parser.add_argument("--steps", type=int, default=1600, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=32, help="solutions per optimizer step")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak of AdamW")
     parser.add_argument("--seed", type=int, default=1, help="of weights and problems")

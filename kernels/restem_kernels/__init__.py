@@ -1,0 +1,1 @@
+"""Operations of the sampler, each defined in plain torch by `reference`."""

@@ -51,7 +51,7 @@ def gumbel_noise(
 ) -> Tensor:
     """Returns the standard Gumbel noise that belongs to each address and token.
 
-    The counter is (token // 4, position, completion index, 0) and the token takes word token % 4, so
+    The counter is (token // 4, position, completion index, 0) and the token takes word token % 4:
     the noise of a token depends on its address alone.
 
     Args:

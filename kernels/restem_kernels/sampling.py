@@ -1,4 +1,4 @@
-"""Drawing the next token: temperature, top-k, top-p, min-p, an addressed draw, two log-probabilities.
+"""Drawing the next token: temperature, top-k, top-p, min-p, an addressed draw, two log-probs.
 
 Meets `reference.sample_tokens`, which defines it. With top-k, random numbers are made for a few
 dozen candidates of each row alone; there is no sort of the vocabulary and no multinomial.
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from restem_kernels import reference
 
-# Candidates beyond the k-th, for logits that tie with it: in bfloat16 about every other row has some.
+# Candidates beyond the k-th, for logits that tie with it; in bfloat16 many rows have some.
 _SPARE = 64
+_ROWS = 32  # of the log-softmax over the vocabulary, at a time
 
 
 def sample_tokens(
@@ -26,7 +27,7 @@ def sample_tokens(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns what `reference.sample_tokens` returns, faster; a row's result depends on it alone."""
+    """Returns what `reference.sample_tokens` returns; a row's result depends on that row alone."""
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     num_tokens = logits.shape[-1]
     if temperature == 0.0:
@@ -74,7 +75,13 @@ def _draw(
     """
     best = (scores + noise).argmax(-1, keepdim=True)
     tokens = best if token_ids is None else token_ids.gather(-1, best)
-    # Not logsumexp: for a single row it would add in another order.
-    logprobs = logits.log_softmax(-1, dtype=torch.float32).gather(-1, tokens)
+    # Not logsumexp: for a single row it would add in another order. A few rows at a time stay in
+    # the processor's cache.
+    logprobs = torch.cat(
+        [
+            part.log_softmax(-1, dtype=torch.float32).gather(-1, chosen)
+            for part, chosen in zip(logits.split(_ROWS), tokens.split(_ROWS), strict=True)
+        ]
+    )
     drawn_from = scores.log_softmax(-1).gather(-1, best)
     return tokens.squeeze(-1), logprobs.squeeze(-1), drawn_from.squeeze(-1)

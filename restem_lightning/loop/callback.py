@@ -1,24 +1,25 @@
-"""ReSTEMCallback: the E-step before the weights are built, D_val inside the M-step, export, metrics."""
+"""ReSTEMCallback: E-step before the weights are built, D_val in the M-step, export, metrics."""
 
 import gc
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from restem_lightning.completions import CompletionStore
 from restem_lightning.errors import UserError
-from restem_lightning.loop.e_step import EStepParams, Policy, fill_store
-from restem_lightning.loop.evaluate import EvaluationParams, draw_evaluation, mean_reward, measure
+from restem_lightning.loop.e_step import EStepParams, Policy, fill_store, load_policy
+from restem_lightning.loop.evaluate import EvaluationParams, draw_evaluation, measure, total_reward
 from restem_lightning.loop.tracking import Tracker
 from restem_lightning.m_step.export import export_policy, load_best
 from restem_lightning.problems import Problem
@@ -103,8 +104,6 @@ class ReSTEMCallback(Callback):
         self.paths = loop.run.iteration(iteration)
         self.validation_policy: Policy | None = None
         self.val_rewards: list[tuple[int, float]] = []
-        self.m_step: dict[str, Any] = {}
-        self.started = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The E-step: here ranks are connected and no training weights are in memory yet."""
@@ -117,11 +116,11 @@ class ReSTEMCallback(Callback):
                 self._e_step(policy)
             del policy
             release_memory()
+        funnel = read_json(self.paths.funnel)
+        if funnel["accepted"] == 0:
+            raise UserError(f"the accepted dataset is empty: {empty_reason(funnel)}")
         trainer.datamodule.accepted = str(self.paths.accepted)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock of the M-step."""
-        self.started = time.monotonic()
+        self.watch = _Stopwatch(self.paths, "m_step")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the reward on D_val with the current weights, for the stop rule."""
@@ -129,13 +128,14 @@ class ReSTEMCallback(Callback):
             reward = self._validation_reward(pl_module)
             self.val_rewards.append((trainer.global_step, reward))
             pl_module.log("val_reward", reward, prog_bar=True)
+        self.watch.lap()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports the best weights as this iteration's policy."""
         self.validation_policy = None
         release_memory()
         self._export(trainer, pl_module)
-        _add_seconds(self.paths, "m_step", time.monotonic() - self.started)
+        self.watch.lap()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Measures the new policy and finishes the iteration."""
@@ -154,10 +154,24 @@ class ReSTEMCallback(Callback):
         """Restores `state_dict`."""
         self.val_rewards = list(state_dict["val_rewards"])
 
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Lets a run folder be moved: Lightning forgets the best weights of another folder."""
+        here = self.paths.m_step.resolve()
+        for state in checkpoint["callbacks"].values():
+            if Path(state.get("dirpath", "")).parts[-2:] == here.parts[-2:]:
+                for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                    state[key] = _moved(state[key], here)
+                scores = state["best_k_models"].items()
+                state["best_k_models"] = {_moved(path, here): score for path, score in scores}
+                state["dirpath"] = str(here)
+
     def _e_step(self, policy: Policy) -> None:
         """Draws, verifies and selects; writes accepted.parquet, then funnel.json."""
         loop, store = self.loop, CompletionStore(self.paths.completions)
-        progress = fill_store(
+        watch = _Stopwatch(self.paths, "e_step")
+        fill_store(
             store,
             loop.train,
             **loop.draw(policy),
@@ -165,10 +179,11 @@ class ReSTEMCallback(Callback):
             e_step=loop.e_step,
             iteration=self.iteration,
             show=f"E-step {self.iteration}",
+            on_part=watch.lap,
         )
         barrier()
+        watch.lap()
         if is_rank_zero():
-            _add_seconds(self.paths, "e_step", progress.seconds)
             self._select(store, policy)
         barrier()
 
@@ -177,17 +192,15 @@ class ReSTEMCallback(Callback):
         selection = select_completions(store, **asdict(self.loop.selection))
         funnel = selection.funnel
         stages = ("completions", "not_truncated", "correct", "distinct", "accepted")
-        rank_zero_info(
+        print(
             f"iteration {self.iteration}: "
             + " -> ".join(f"{stage.replace('_', ' ')} {funnel[stage]}" for stage in stages)
             + f"; {funnel['num_solved']} of {funnel['num_problems']} problems solved"
         )
-        if selection.accepted.num_rows == 0:
-            raise UserError(f"the accepted dataset is empty: {empty_reason(funnel)}")
+        self.loop.tracker.log_completions(self.iteration, store, MAX_TABLE_ROWS)
         accepted = end_with_eos(selection.accepted, policy.sampler.eos_ids)
         write_accepted(self.paths.accepted, accepted)
         write_json(self.paths.funnel, funnel)
-        self.loop.tracker.log_completions(self.iteration, store, MAX_TABLE_ROWS)
 
     def _validation_reward(self, pl_module: LightningModule) -> float:
         """Returns the mean reward over D_val; each rank samples its share of the problems."""
@@ -202,7 +215,7 @@ class ReSTEMCallback(Callback):
         share = loop.validation[rank::num_ranks]
         total = torch.zeros(1, dtype=torch.float64, device=pl_module.device)
         if share:
-            total += len(share) * mean_reward(
+            total += total_reward(
                 share,
                 **loop.draw(self.validation_policy),
                 params=loop.validation_sampling,
@@ -210,7 +223,7 @@ class ReSTEMCallback(Callback):
             )
         if num_ranks > 1:
             dist.all_reduce(total)
-        return total.item() / len(loop.validation)
+        return total.item() / (len(loop.validation) * loop.validation_sampling.n)
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         best = next(
@@ -224,23 +237,20 @@ class ReSTEMCallback(Callback):
         if best is not None:
             load_best(pl_module, best.best_model_path)
         export_policy(pl_module, self.paths.policy, source_policy=pl_module.policy)
-        self._note_m_step(trainer, best)
-
-    def _note_m_step(self, trainer: Trainer, best: ModelCheckpoint | None) -> None:
-        score = None if best is None else float(best.best_model_score)
-        record = {
-            "optimizer_steps": trainer.global_step,
-            "best_val_reward": score,
-            "best_optimizer_step": next((s for s, r in self.val_rewards if r == score), None),
-            "val_rewards": [list(pair) for pair in self.val_rewards],
-        }
         if is_rank_zero():
+            step, reward = max(self.val_rewards, key=lambda pair: pair[1], default=(None, None))
+            record = {
+                "optimizer_steps": trainer.global_step,
+                "best_val_reward": reward,
+                "best_optimizer_step": step,
+                "val_rewards": [list(pair) for pair in self.val_rewards],
+            }
             write_json(self.paths.m_step / "m_step.json", record)
 
     def _measure(self, iteration: int, policy: Policy) -> None:
         """Evaluates a policy on every set and writes the iteration's metrics, then its manifest."""
         loop, paths = self.loop, self.loop.run.iteration(iteration)
-        start = time.monotonic()
+        watch = _Stopwatch(paths, "evaluation")
         for name, problems in loop.held_out.items():
             draw_evaluation(
                 paths.path / "evaluation" / name,
@@ -251,10 +261,11 @@ class ReSTEMCallback(Callback):
                 sampling=loop.sampling,
                 e_step=loop.e_step,
                 iteration=iteration,
+                on_part=watch.lap,
             )
         barrier()
+        watch.lap()
         if is_rank_zero():
-            _add_seconds(paths, "evaluation", time.monotonic() - start)
             self._finish(iteration, paths, policy)
         barrier()
 
@@ -272,6 +283,9 @@ class ReSTEMCallback(Callback):
         }
         write_json(paths.metrics, metrics)
         loop.tracker.log_iteration(metrics)
+        for name, values in metrics["evaluation"].items():
+            shown = ", ".join(f"{key} {100 * one['value']:.1f} %" for key, one in values.items())
+            print(f"iteration {iteration}: {name} {shown}")
         if iteration:
             write_json(
                 paths.manifest,
@@ -282,6 +296,7 @@ class ReSTEMCallback(Callback):
                     "policy_hash": policy.hash,
                 },
             )
+            _remove_checkpoints(paths.m_step)
 
 
 def live_weights(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -314,14 +329,34 @@ def barrier() -> None:
         dist.barrier()
 
 
-def _add_seconds(paths: IterationDir, stage: str, seconds: float) -> None:
-    """Adds wall-clock seconds to a stage of an iteration; a resumed stage goes on counting."""
-    if not is_rank_zero():
-        return
-    path = paths.path / "seconds.json"
-    record = read_json(path) if path.exists() else {}
-    record[stage] = round(record.get(stage, 0.0) + seconds, 3)
-    write_json(path, record)
+class _Stopwatch:
+    """Adds wall-clock seconds to a stage in seconds.json; a resumed stage goes on counting."""
+
+    def __init__(self, paths: IterationDir, stage: str):
+        self.path, self.stage, self.last = paths.path / "seconds.json", stage, time.monotonic()
+
+    def lap(self) -> None:
+        """Writes the time since the last lap down, so that a kill costs no more than a lap."""
+        now = time.monotonic()
+        if is_rank_zero():
+            record = read_json(self.path) if self.path.exists() else {}
+            record[self.stage] = round(record.get(self.stage, 0.0) + now - self.last, 3)
+            write_json(self.path, record)
+        self.last = now
+
+
+def _moved(path: str, folder: Path) -> str:
+    """Returns where a file is now that its folder is this one; an empty path stays empty."""
+    return path and str(folder / Path(path).name)
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    """Deletes what only a resumed M-step needs: it is several times the size of the policy."""
+    for path in folder.glob("*.ckpt"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _e_step_metrics(paths: IterationDir) -> dict[str, Any]:

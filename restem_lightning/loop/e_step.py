@@ -1,6 +1,8 @@
-"""The E-step: problems -> sampled and verified completions -> parquet parts, resumable at any point."""
+"""The E-step: problems -> sampled, verified completions -> parquet parts; resumable anywhere."""
 
+import hashlib
 import json
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -21,6 +23,8 @@ from restem_lightning.verifiers import VerifierPool, check_references
 
 MIN_VERDICTS_FOR_ALARM = 200
 POLL_EVERY_S = 0.02
+LINE_EVERY_S = 60.0
+LINE_FORMAT = "{desc}: {n_fmt} of {total_fmt} completions, {remaining} left{postfix}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +80,6 @@ class Progress:
     num_completions: int = 0
     num_correct: int = 0
     num_tokens: int = 0
-    seconds: float = 0.0
     verdicts: Counter = field(default_factory=Counter)
 
     def add(self, completion: Completion) -> None:
@@ -85,6 +88,13 @@ class Progress:
         self.num_correct += completion.verdict.kind is VerdictKind.CORRECT
         self.num_tokens += len(completion.completion_ids)
         self.verdicts[completion.verdict.kind.value] += 1
+
+    def summary(self, seconds: float) -> str:
+        """Returns the rates so far in a few words."""
+        return (
+            f"{self.num_tokens / seconds:.0f} tokens/s, "
+            f"correct {100 * self.num_correct / self.num_completions:.1f} %"
+        )
 
     def check(self, max_error_rate: float, last: Completion) -> None:
         """Stops a run whose verifier is broken.
@@ -98,8 +108,8 @@ class Progress:
             and errors > max_error_rate * self.num_completions
         ):
             raise UserError(
-                f"the verifier is broken: {errors} of {self.num_completions} verdicts are ERROR (more "
-                f"than e_step.max_error_rate {max_error_rate}); the last one says: "
+                f"the verifier is broken: {errors} of {self.num_completions} verdicts are ERROR "
+                f"(more than e_step.max_error_rate {max_error_rate}); the last one says: "
                 f"{last.verdict.detail}"
             )
 
@@ -116,7 +126,7 @@ def pool_key(
     iteration: int,
 ) -> dict[str, Any]:
     """Returns all that determines a pool of completions."""
-    engine = policy.sampler
+    content = json.dumps([vars(problem) for problem in problems], sort_keys=True)
     return {
         "seed": seed,
         "iteration": iteration,
@@ -124,8 +134,9 @@ def pool_key(
         "sampling": asdict(params),
         "prompt_hash": template_hash(template, policy.tokenizer),
         "verifier": f"{verifiers.verifier.name}/{verifiers.verifier.version}",
-        "dtype": str(engine.dtype),
-        "problem_ids": [problem.problem_id for problem in problems],
+        "dtype": str(policy.sampler.dtype),
+        "num_problems": len(problems),
+        "problems_hash": hashlib.sha256(content.encode()).hexdigest(),
         "problems_per_part": problems_per_part,
     }
 
@@ -221,8 +232,9 @@ def fill_store(
     iteration: int,
     purpose: str = "",
     show: str = "E-step",
-) -> Progress:
-    """Draws what a store still lacks, part by part, and returns what this rank has drawn.
+    on_part: Callable[[], None] | None = None,
+) -> None:
+    """Draws what a store still lacks, part by part.
 
     Parts are claimed from the process group's store, so a fast rank takes more of them.
 
@@ -238,6 +250,7 @@ def fill_store(
         iteration: part of the address of every draw.
         purpose: see `verified_completions`.
         show: title of the progress bar.
+        on_part: called after each part that this rank has written.
 
     Raises:
         UserError: the store was made with other settings, or the verifier is broken.
@@ -264,7 +277,7 @@ def fill_store(
     progress, start = Progress(), time.monotonic()
     collected: dict[int, list[Completion]] = defaultdict(list)
     left = sum(len(part) for number, part in enumerate(parts) if number not in done) * params.n
-    with tqdm(total=left, desc=show, unit="completion", disable=not _is_rank_zero()) as bar:
+    with _Bar(show, left) as bar:
         for completion in verified_completions(
             work(), policy=policy, template=template, verifiers=verifiers, params=params,
             seed=seed, iteration=iteration, purpose=purpose,
@@ -274,23 +287,42 @@ def fill_store(
             number = part_of[completion.problem_id]
             collected[number].append(completion)
             if len(collected[number]) == len(parts[number]) * params.n:
-                order = {p.problem_id: place for place, p in enumerate(parts[number])}
-                store.write_part(
-                    number,
-                    sorted(
-                        collected.pop(number),
-                        key=lambda c: (order[c.problem_id], c.completion_index),
-                    ),
-                )
-            seconds = time.monotonic() - start
-            bar.set_postfix_str(
-                f"{progress.num_tokens / seconds:.0f} tokens/s, "
-                f"correct {100 * progress.num_correct / progress.num_completions:.1f} %",
-                refresh=False,
-            )
+                store.write_part(number, _in_order(collected.pop(number), parts[number]))
+                if on_part is not None:
+                    on_part()
+            bar.set_postfix_str(progress.summary(time.monotonic() - start), refresh=False)
             bar.update()
-    progress.seconds = time.monotonic() - start
-    return progress
+
+
+def _in_order(completions: list[Completion], problems: list[Problem]) -> list[Completion]:
+    """Returns completions in order of their problems, then of their indices."""
+    place = {problem.problem_id: place for place, problem in enumerate(problems)}
+    return sorted(completions, key=lambda one: (place[one.problem_id], one.completion_index))
+
+
+class _Bar(tqdm):
+    """Progress on rank 0: a bar on a terminal, else a plain line a minute."""
+
+    def __init__(self, title: str, total: int):
+        self._is_bar = sys.stderr.isatty()
+        every_s = 0.1 if self._is_bar else LINE_EVERY_S
+        super().__init__(
+            desc=title,
+            total=total,
+            unit="completion",
+            disable=not _is_rank_zero(),
+            mininterval=every_s,
+            maxinterval=max(every_s, 10.0),
+            delay=0.0 if self._is_bar else every_s,
+            bar_format=None if self._is_bar else LINE_FORMAT,
+        )
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Shows the current state; called by tqdm."""
+        if self._is_bar:
+            return super().display(msg, pos)
+        print(str(self) if msg is None else msg, file=sys.stderr)
+        return True
 
 
 def claims(name: str, num_parts: int) -> Iterator[int]:
@@ -325,6 +357,13 @@ def prepare_problems(
     if not problems:
         raise UserError(f"problems.{name} is empty; check its path, split and num")
     kept, dropped = check_references(problems, verifiers)
+    if not kept:
+        problem, verdict = dropped[0]
+        raise UserError(
+            f"problems.{name}: the verifier accepts the reference of none of the {len(problems)} "
+            f"problems ({problem.problem_id}: {verdict.kind.value}, {verdict.detail}); give "
+            "problems with reference answers, or the verifier that fits them"
+        )
     for problem, verdict in dropped[:5]:
         warn(
             f"problems.{name}: {problem.problem_id} is dropped, its own reference is judged "
@@ -332,11 +371,4 @@ def prepare_problems(
         )
     if len(dropped) > 5:
         warn(f"problems.{name}: {len(dropped) - 5} more are dropped for the same kind of reason")
-    if not kept:
-        problem, verdict = dropped[0]
-        raise UserError(
-            f"problems.{name}: the verifier accepts the reference of none of the {len(problems)} "
-            f"problems ({problem.problem_id}: {verdict.kind.value}, {verdict.detail}); give problems "
-            "with reference answers, or the verifier that fits them"
-        )
     return kept

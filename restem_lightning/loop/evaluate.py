@@ -1,7 +1,7 @@
 """Evaluation of one policy: greedy pass@1, unbiased pass@k and maj@k with 95 % intervals."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,7 @@ def draw_evaluation(
     e_step: EStepParams,
     seed: int,
     iteration: int,
+    on_part: Callable[[], None] | None = None,
 ) -> None:
     """Draws the completions of one evaluation set into stores below a folder; resumable.
 
@@ -102,6 +103,7 @@ def draw_evaluation(
         e_step: size of parts.
         seed: part of the address of every draw.
         iteration: part of the address of every draw.
+        on_part: called after each part that this rank has written.
     """
     for stage, params in evaluation.stages(sampling).items():
         fill_store(
@@ -116,6 +118,7 @@ def draw_evaluation(
             iteration=iteration,
             purpose=f"evaluation/{name}/{stage}/",
             show=f"{name} {stage}",
+            on_part=on_part,
         )
 
 
@@ -131,7 +134,7 @@ def measure(folder: Path, evaluation: EvaluationParams) -> dict[str, Any]:
     return evaluate_table(samples, greedy, ks=evaluation.ks)
 
 
-def mean_reward(
+def total_reward(
     problems: Sequence[Problem],
     *,
     policy: Policy,
@@ -141,8 +144,8 @@ def mean_reward(
     seed: int,
     iteration: int,
 ) -> float:
-    """Returns the mean reward of a policy on problems: what the M-step's stop rule looks at."""
-    rewards = [
+    """Returns the sum of rewards of a policy on problems: what the M-step's stop rule looks at."""
+    return sum(
         completion.verdict.reward
         for completion in verified_completions(
             ((problem, tuple(range(params.n))) for problem in problems),
@@ -154,8 +157,7 @@ def mean_reward(
             iteration=iteration,
             purpose="validation/",
         )
-    ]
-    return sum(rewards) / len(rewards)
+    )
 
 
 def _by_problem(folder: Path) -> Iterator[list[tuple[bool, str | None]]]:

@@ -1,7 +1,6 @@
 """Where metrics go besides the run folder; the only file that knows W&B."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -55,14 +54,14 @@ class Tracker:
             UserError: if W&B is wanted and not installed.
         """
         self.run, self.wandb_run = run, None
-        self.optimizer_steps_before = 0
         if params.wandb_project is None or rank_zero_only.rank != 0:
             return
         try:
             import wandb
         except ImportError:
             raise UserError(
-                "tracking.wandb_project needs `pip install restem-lightning[wandb]`; or set it to null"
+                "tracking.wandb_project needs `pip install restem-lightning[wandb]`; or set it to "
+                "null"
             ) from None
         self.wandb_run = wandb.init(
             project=params.wandb_project,
@@ -79,20 +78,20 @@ class Tracker:
             self.wandb_run.define_metric(axis, hidden=axis != "iteration")
             self.wandb_run.define_metric(f"{prefix}/*", step_metric=axis)
 
-    def m_step_logger(self, folder: Path) -> list[Logger]:
+    def m_step_loggers(self, iteration: int) -> list[Logger]:
         """Returns the loggers of one M-step: a CSV file in its folder, and W&B if there is one."""
-        loggers: list[Logger] = [CSVLogger(folder, name="", version="log")]
+        loggers: list[Logger] = [CSVLogger(self.run.iteration(iteration).m_step, name="log")]
         if self.wandb_run is not None:
-            loggers.append(_WandbMetrics(self))
+            before = (read_json(self.run.iteration(i).metrics) for i in range(1, iteration))
+            first = sum(metrics["m_step"]["optimizer_steps"] for metrics in before)
+            loggers.append(_WandbMetrics(self.wandb_run, first))
         return loggers
 
     def log_iteration(self, metrics: dict[str, Any]) -> None:
         """Sends an iteration's metrics.json on the axis `iteration`."""
-        if self.wandb_run is None:
-            return
-        values = {f"iteration/{key}": value for key, value in _flatten(metrics).items()}
-        self.wandb_run.log({"iteration": metrics["iteration"], **values})
-        self.optimizer_steps_before += metrics["m_step"].get("optimizer_steps", 0)
+        if self.wandb_run is not None:
+            values = {f"iteration/{key}": value for key, value in _flatten(metrics).items()}
+            self.wandb_run.log({"iteration": metrics["iteration"], **values})
 
     def log_completions(self, iteration: int, store: CompletionStore, max_rows: int) -> None:
         """Sends the first completions of an E-step as a table of its own."""
@@ -107,18 +106,22 @@ class Tracker:
         )
         self.wandb_run.log({"iteration": iteration, f"completions/iteration_{iteration}": table})
 
-    def close(self) -> None:
+    def __enter__(self) -> "Tracker":
+        """Returns the tracker itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Ends the W&B run's process; the run can be gone on with."""
         if self.wandb_run is not None:
             self.wandb_run.finish()
 
 
 class _WandbMetrics(Logger):
-    """Lightning's logger interface onto the loop's W&B run; Lightning's own would make a new axis."""
+    """Lightning's logger interface onto the loop's W&B run; Lightning's own has another axis."""
 
-    def __init__(self, tracker: Tracker):
+    def __init__(self, wandb_run: Any, first_step: int):
         super().__init__()
-        self._tracker = tracker
+        self._wandb_run, self._first_step = wandb_run, first_step
 
     @property
     def name(self) -> str:
@@ -126,7 +129,7 @@ class _WandbMetrics(Logger):
 
     @property
     def version(self) -> str:
-        return self._tracker.wandb_run.id
+        return self._wandb_run.id
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The run's config already holds all settings."""
@@ -134,8 +137,7 @@ class _WandbMetrics(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         values = {f"m_step/{key}": value for key, value in metrics.items()}
-        done = self._tracker.optimizer_steps_before
-        self._tracker.wandb_run.log({"optimizer_step": done + (step or 0), **values})
+        self._wandb_run.log({"optimizer_step": self._first_step + (step or 0), **values})
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, float]:

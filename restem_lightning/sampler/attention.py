@@ -1,137 +1,130 @@
-"""Our attention behind transformers' attention interface: shared segments once, private blocks each.
+"""Our attention behind transformers' attention interface: shared keys once, private ones each.
 
-Every row attends to up to three sets of keys: the preamble that all prompts share, the rest of its
-prompt, and its own tokens. Each gives a partial softmax (largest score, sum of weights, weighted
-values); the partial results are merged at the end. Shared sets are matrix-matrix products over all
-rows that share them. The products have the same shape whatever else is in the batch.
+A row attends to several pieces of keys: the preamble that all prompts share, the rest of its
+prompt, and the blocks of its own tokens. Each piece gives a partial result, the weighted values and
+the log-sum-exp of the scores; a row's partial results are merged at the end. Shared pieces are
+matrix-matrix products over all rows that share them. The products have the same shape whatever else
+is in the batch.
 
 Shape legend: T rows, H query heads, K key heads, G = H // K, D head size, L keys, g tiles, m rows
-of a tile, W private blocks.
+of a tile, P the most pieces of any row.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from restem_lightning.sampler.batch import NUM_LEVELS, Batch
+from restem_lightning.errors import UserError
+from restem_lightning.sampler.batch import Batch, Tiles
 from restem_lightning.sampler.kv_cache import KVCache
 
 ATTENTION_NAME = "restem_blocks"
 _LOWEST = -1e30  # stands for -inf, with no NaN in differences
 
 
-@dataclass(kw_only=True)
 class AttentionState:
-    """What the attention of one forward pass reads and writes.
+    """What the attention of one forward pass reads and writes; made once, used in every layer."""
 
-    Args:
-        batch: the rows and the work on them.
-        cache: keys and values.
-        num_calls: attention layers passed so far; tells whether the module really used this one.
-        partial: largest score [levels, T + 1, H], sum of weights [levels, T + 1, H] and weighted
-            values [levels, T + 1, H, D], all float32; the last row takes what is not used.
+    def __init__(self, batch: Batch, cache: KVCache):
+        """Prepares the places in the cache.
+
+        Args:
+            batch: the rows and the work on them.
+            cache: keys and values.
+        """
+        self.batch, self.cache = batch, cache
+        self.num_calls = 0  # attention layers passed so far: has the module really used this one?
+        self.masks: dict[tuple[int, int | None], Tensor] = {}  # of each tile set and window
+        blocks = cache.per_head(batch.write_blocks[:, None]).squeeze(-1)
+        self.slots = (blocks * cache.block_size + batch.write_offsets[:, None]).flatten()
+        self.blocks = [
+            tiles.blocks if isinstance(tiles.blocks, slice) else cache.per_head(tiles.blocks)
+            for tiles in batch.tiles
+        ]
+        self.pieces = batch.pieces.flatten()
+
+
+def _mask(tiles: Tiles, positions: Tensor, length: int, window: int | None) -> Tensor:
+    """Returns [g, m, L] float32: 0 for keys that a row sees, else the lowest score.
+
+    A row sees the first num_keys keys and, with a window, none that lies too far behind it.
     """
+    index = torch.arange(length, device=positions.device)
+    visible = index < tiles.num_keys[..., None]
+    if window is not None:
+        rows = tiles.rows.clamp_max(len(positions) - 1)
+        oldest = positions[rows] - (window - 1) - tiles.first_position[:, None]
+        visible &= index >= oldest[..., None]
+    return torch.zeros(visible.shape, device=index.device).masked_fill_(~visible, _LOWEST)
 
-    batch: Batch
-    cache: KVCache
-    num_calls: int = 0
-    partial: tuple[Tensor, Tensor, Tensor] | None = None
 
-
-def _partial_softmax(
-    queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scaling: float, softcap
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns largest score [g, m, H], sum of weights [g, m, H] and weighted values [g, m, H, D].
+def _attend(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float, softcap
+) -> tuple[Tensor, Tensor]:
+    """Returns the weighted values [g, K, M, D] and the log-sum-exp of the scores [g, K, M] float32.
 
     Args:
-        queries: [g, m, H, D].
+        queries: [g, K, M, D], M rows and heads that share a key head.
         keys: [g, K, L, D].
         values: [g, K, L, D].
-        visible: [g, m, L] bool.
+        mask: [g, 1, M, L], added to the scores.
         scaling: factor of the scores.
         softcap: bound of the scores (Gemma 2), None for no bound.
     """
-    g, m, num_heads, size = queries.shape
-    num_key_heads = keys.shape[1]
-    group = num_heads // num_key_heads
-    tiles = queries.view(g, m, num_key_heads, group, size).transpose(1, 2)
-    tiles = tiles.reshape(g, num_key_heads, m * group, size)
-    scores = (tiles @ keys.transpose(-1, -2)).float() * scaling
+    if softcap is None and queries.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, keys, values, attn_mask=mask, scale=scaling
+        )
+    scores = (queries @ keys.transpose(-1, -2)).float() * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.view(g, num_key_heads, m, group, -1)
-    scores = scores.masked_fill_(~visible[:, None, :, None, :], float("-inf"))
-    largest = scores.amax(-1, keepdim=True).clamp_min(_LOWEST)
-    weights = scores.sub_(largest).exp_()
-    total = weights.sum(-1)
-    weights = weights.view(g, num_key_heads, m * group, -1).to(values.dtype)
-    mixed = (weights @ values).float().view(g, num_key_heads, m, group, size)
+    scores += mask
+    normalizer = scores.logsumexp(-1)
+    weights = (scores - normalizer[..., None]).exp().to(values.dtype)
+    return weights @ values, normalizer
+
+
+def _attend_tiles(
+    state: AttentionState, index: int, layer: int, queries: Tensor, scaling, softcap, window
+) -> tuple[Tensor, Tensor]:
+    """Returns weighted values [g * m, H, D] and log-sum-exps [g * m, H] of one set of tiles.
+
+    Args:
+        state: of this forward pass.
+        index: which of the batch's sets of tiles.
+        layer: of the cache.
+        queries: [T + 1, H, D].
+        scaling: see `_attend`.
+        softcap: see `_attend`.
+        window: keys a row can see, None for all.
+    """
+    tiles = state.batch.tiles[index]
+    g, m = tiles.rows.shape
+    _, num_heads, size = queries.shape
+    num_key_heads = state.cache.head_shape[0]
+    group = num_heads // num_key_heads
+    blocks = state.blocks[index]
+    if isinstance(blocks, slice):
+        keys, values = state.cache.keys[layer][blocks], state.cache.values[layer][blocks]
+    else:
+        keys, values = state.cache.gather(layer, blocks)
+    mask = state.masks.get((index, window))
+    if mask is None:
+        mask = _mask(tiles, state.batch.positions, keys.shape[2], window).to(queries.dtype)
+        mask = mask.repeat_interleave(group, dim=1)[:, None]
+        state.masks[index, window] = mask
+    chosen = (
+        queries.index_select(0, tiles.rows.flatten())
+        .view(g, m, num_key_heads, group, size)
+        .transpose(1, 2)
+    )
+    mixed, normalizers = _attend(
+        chosen.reshape(g, num_key_heads, m * group, size), keys, values, mask, scaling, softcap
+    )
     return (
-        largest.squeeze(-1).transpose(1, 2).reshape(g, m, num_heads),
-        total.transpose(1, 2).reshape(g, m, num_heads),
-        mixed.transpose(1, 2).reshape(g, m, num_heads, size),
+        mixed.view(g, num_key_heads, m, group, size).transpose(1, 2).reshape(-1, num_heads, size),
+        normalizers.view(g, num_key_heads, m, group).transpose(1, 2).reshape(-1, num_heads),
     )
-
-
-def _visible(
-    num_keys: Tensor, first_position: Tensor, positions: Tensor, length: int, window: int | None
-) -> Tensor:
-    """Returns [g, m, L] bool: keys below num_keys and, with a window, not too far behind the row."""
-    index = torch.arange(length, device=num_keys.device)
-    visible = index < num_keys[..., None]
-    if window is not None:
-        oldest = positions - (window - 1) - first_position[:, None]
-        visible &= index >= oldest[..., None]
-    return visible
-
-
-def _shared_attention(state, layer, queries, scaling, softcap, window) -> None:
-    largest, total, mixed = state.partial
-    last = state.batch.num_rows
-    for work in state.batch.shared:
-        tiles, num_blocks = work.blocks.shape
-        keys, values = (
-            tensors[layer][work.blocks.flatten()]
-            .unflatten(0, (tiles, num_blocks))
-            .transpose(1, 2)
-            .flatten(2, 3)
-            for tensors in (state.cache.keys, state.cache.values)
-        )
-        rows = work.rows.clamp_max(last - 1)
-        visible = _visible(
-            work.num_keys, work.first_position, state.batch.positions[rows], keys.shape[2], window
-        )
-        parts = _partial_softmax(queries[rows], keys, values, visible, scaling, softcap)
-        for target, part in zip((largest, total, mixed), parts, strict=True):
-            target[work.level].index_copy_(0, work.rows.flatten(), part.flatten(0, 1))
-
-
-def _private_attention(state, layer, queries, scaling, softcap, window) -> None:
-    work = state.batch.private
-    largest, total, mixed = state.partial
-    rows = work.rows.clamp_max(state.batch.num_rows - 1)[:, None]
-    keys, values = state.cache.keys[layer][work.blocks], state.cache.values[layer][work.blocks]
-    visible = _visible(
-        work.num_keys[:, None],
-        work.first_position,
-        state.batch.positions[rows],
-        keys.shape[2],
-        window,
-    )
-    parts = _partial_softmax(queries[rows], keys, values, visible, scaling, softcap)
-    highs, sums, mixes = (part.squeeze(1) for part in parts)
-    unused = highs.new_full((1, highs.shape[1]), _LOWEST)
-    highs = torch.cat([highs, unused])[work.table]  # [rows, blocks of a row, H]
-    sums = torch.cat([sums, torch.zeros_like(unused)])[work.table]
-    mixes = torch.cat([mixes, mixes.new_zeros(1, *mixes.shape[1:])])[work.table]
-    top = highs.amax(1)
-    factors = (highs - top[:, None]).exp()
-    level = NUM_LEVELS - 1
-    largest[level].index_copy_(0, work.table_rows, top)
-    total[level].index_copy_(0, work.table_rows, (factors * sums).sum(1))
-    mixed[level].index_copy_(0, work.table_rows, (factors[..., None] * mixes).sum(1))
 
 
 def block_attention(
@@ -141,7 +134,7 @@ def block_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    attention_state: AttentionState,
+    attention_state: AttentionState | None = None,
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -157,7 +150,7 @@ def block_attention(
         key: [1, K, T, D], written to the cache first.
         value: [1, K, T, D].
         attention_mask: None; the batch says what each row sees.
-        attention_state: of this forward pass.
+        attention_state: of this forward pass; None if the model does not pass it on.
         scaling: factor of the scores.
         sliding_window: keys a row can see, itself included; None for all.
         softcap: bound of the scores.
@@ -166,32 +159,44 @@ def block_attention(
 
     Returns:
         [1, T, H, D] and None for the attention weights.
+
+    Raises:
+        UserError: if the layer needs what this attention does not have.
     """
     assert attention_mask is None
     assert dropout == 0.0
+    name = type(module).__name__
+    if attention_state is None:
+        raise UserError(f"the sampler does not support {name}: it drops attention_state on its way")
     if s_aux is not None:
-        raise NotImplementedError("attention sinks")
+        raise UserError(f"the sampler does not support {name}: it has attention sinks")
+    cached = attention_state.cache.head_shape
+    for tensor in (key, value):
+        if (tensor.shape[1], tensor.shape[3]) != cached:
+            raise UserError(
+                f"the sampler does not support {name}: its keys or values have (heads, size) "
+                f"{(tensor.shape[1], tensor.shape[3])} where the config says {cached}"
+            )
     state, batch, layer = attention_state, attention_state.batch, module.layer_idx
     state.num_calls += 1
-    queries, keys, values = (t[0].transpose(0, 1) for t in (query, key, value))
-    used = batch.write_blocks.shape[0]
-    state.cache.write(layer, batch.write_blocks, batch.write_offsets, keys[:used], values[:used])
-    rows, num_heads, size = queries.shape
-    if state.partial is None:
-        # The same rows are written in every layer, so one clean start serves the whole pass.
-        shape = (NUM_LEVELS, rows + 1, num_heads)
-        state.partial = (
-            queries.new_full(shape, _LOWEST, dtype=torch.float32),
-            queries.new_zeros(shape, dtype=torch.float32),
-            queries.new_zeros((*shape, size), dtype=torch.float32),
-        )
-    _shared_attention(state, layer, queries, scaling, softcap, sliding_window)
-    if batch.private is not None:
-        _private_attention(state, layer, queries, scaling, softcap, sliding_window)
-    largest, total, mixed = (part[:, :rows] for part in state.partial)
-    factors = (largest - largest.amax(0)).exp()
-    normalizer = (factors * total).sum(0).clamp_min(1e-30)  # 0 only in rows of padding
-    merged = (factors[..., None] * mixed).sum(0) / normalizer[..., None]
+    keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    used = len(batch.write_blocks)
+    state.cache.write(layer, state.slots, keys[:used], values[:used])
+    # One more row than there are: the unused places of tiles point to it.
+    queries = nn.functional.pad(query[0].transpose(0, 1), (0, 0, 0, 0, 0, 1))
+    pieces = [
+        _attend_tiles(state, index, layer, queries, scaling, softcap, sliding_window)
+        for index in range(len(batch.tiles))
+    ]
+    nothing = queries[:1]
+    lowest = torch.full(nothing.shape[:2], _LOWEST, device=queries.device)
+    mixed, normalizers = (
+        torch.cat([*parts, unused]).index_select(0, state.pieces).unflatten(0, batch.pieces.shape)
+        for parts, unused in zip(zip(*pieces, strict=True), (nothing, lowest), strict=True)
+    )
+    weights = (normalizers - normalizers.amax(1, keepdim=True)).exp_()  # [T, P, H]
+    weights /= weights.sum(1, keepdim=True)
+    merged = (weights[..., None] * mixed).sum(1)
     return merged.to(query.dtype).unsqueeze(0), None
 
 

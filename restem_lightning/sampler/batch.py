@@ -1,11 +1,13 @@
 """Turns a scheduler's step into the tensors of one forward pass.
 
-Shape legend: T rows (tokens) of the pass, g tiles, m rows of a tile, n blocks of a tile, W pairs of
-a private block and a row, p the most private blocks of any row.
+Shape legend: T rows (tokens) of the pass, g tiles, m rows of a tile, n blocks of a tile, P the most
+tiles that any row is in.
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -13,48 +15,24 @@ from torch import Tensor
 from restem_lightning.sampler.scheduler import Step
 from restem_lightning.sampler.sequence import Segment, Sequence
 
-NUM_LEVELS = 3  # what a row attends to: the preamble, the rest of its prompt, its own tokens
 TILE_ROWS = 16
 
 
 @dataclass(kw_only=True)
-class SharedWork:
-    """Tiles of rows that attend to the same blocks, as matrix-matrix products.
+class Tiles:
+    """Groups of rows that attend to the same blocks.
 
     Args:
-        level: which partial result of the rows this is.
         rows: [g, m] int64, T in unused places.
-        blocks: [g, n] int64.
+        blocks: [g, n] int64, or a slice of g blocks that lie together in the cache (n = 1).
         num_keys: [g, m] int64, keys of these blocks that the row may see.
         first_position: [g] int64, position of the first key.
     """
 
-    level: int
     rows: Tensor
-    blocks: Tensor
+    blocks: Tensor | slice
     num_keys: Tensor
     first_position: Tensor
-
-
-@dataclass(kw_only=True)
-class PrivateWork:
-    """Pairs of one block and one row: the tokens that only one sequence attends to.
-
-    Args:
-        blocks: where the W blocks lie in the cache: a slice if they lie together, else [W] int64.
-        rows: [W] int64, T for a block that no row attends to.
-        num_keys: [W] int64.
-        first_position: [W] int64.
-        table: [D, p] int64, for each decoded row its pairs, W in unused places.
-        table_rows: [D] int64, the rows of the table.
-    """
-
-    blocks: slice | Tensor
-    rows: Tensor
-    num_keys: Tensor
-    first_position: Tensor
-    table: Tensor
-    table_rows: Tensor
 
 
 @dataclass(kw_only=True)
@@ -66,10 +44,11 @@ class Batch:
         positions: [T] int64.
         write_blocks: [R] int64, block that each of the R used rows is written to.
         write_offsets: [R] int64.
-        shared: tiles over shared blocks and over prompts being computed.
-        private: pairs over private blocks, None if no sequence is decoded.
+        tiles: over shared blocks, prompts being computed and private blocks (tiles of one row).
+        pieces: [T, P] int64, for each row its places in the concatenation of all tiles' rows; the
+            place behind the last one where a row has fewer.
         logit_rows: rows whose logits are wanted, in the order of outputs.
-        outputs: the sequence or prompt segment that each of these rows belongs to.
+        outputs: the sequence or prompt segment that each of these rows belongs to, sequences first.
         num_rows: T.
     """
 
@@ -77,8 +56,8 @@ class Batch:
     positions: Tensor
     write_blocks: Tensor
     write_offsets: Tensor
-    shared: list[SharedWork]
-    private: PrivateWork | None
+    tiles: list[Tiles]
+    pieces: Tensor
     logit_rows: list[int]
     outputs: list[Sequence | Segment]
     num_rows: int
@@ -90,10 +69,10 @@ class _Builder:
     def __init__(self, block_size: int):
         self.block_size = block_size
         self.token_ids, self.positions, self.blocks, self.offsets = [], [], [], []
-        self.pairs: list[tuple[int, int, int, int]] = []  # block, row, keys, first position
-        self.pairs_of_row: list[tuple[int, list[int]]] = []
         self.rows_of_segment: dict[Segment, list[int]] = defaultdict(list)
-        self.tiles: dict[tuple[int, int, int], list] = defaultdict(list)  # level, rows, blocks
+        # By rows and blocks of a tile: its rows, blocks, keys of each row, first position.
+        self.tiles: dict[tuple[int, int], list[tuple]] = defaultdict(list)
+        self.private: list[tuple[int, int, int, int]] = []  # block, row, keys, first position
         self.logit_rows: list[int] = []
         self.outputs: list[Sequence | Segment] = []
 
@@ -114,12 +93,9 @@ class _Builder:
             )
             for segment in sequence.prompt.chain:
                 self.rows_of_segment[segment].append(row)
-            pairs = []
             for number in range(block + 1):
                 keys = min(size, index + 1 - number * size)
-                pairs.append(len(self.pairs))
-                self.pairs.append((sequence.blocks[number], row, keys, start + number * size))
-            self.pairs_of_row.append((row, pairs))
+                self.private.append((sequence.blocks[number], row, keys, start + number * size))
         if last == len(sequence.token_ids):
             self.logit_rows.append(row)
             self.outputs.append(sequence)
@@ -132,10 +108,8 @@ class _Builder:
             self.add_row(token, segment.start + first + offset, segment.blocks[number], offset)
             for offset, token in enumerate(tokens)
         ]
-        keys = [first + offset + 1 for offset in range(size)]
-        self.tiles[NUM_LEVELS - 1, size, number + 1].append(
-            (rows, segment.blocks[: number + 1], keys, segment.start)
-        )
+        keys = range(first + 1, first + len(tokens) + 1)
+        self.add_tile(rows, segment.blocks[: number + 1], keys, segment.start, size)
         if segment.parent:
             for ancestor in segment.parent.chain:
                 self.rows_of_segment[ancestor].extend(rows)
@@ -147,14 +121,81 @@ class _Builder:
         """Adds the tiles of rows that attend to whole segments."""
         for segment, rows in self.rows_of_segment.items():
             size = num_rows if segment.is_preamble else TILE_ROWS
-            level = len(segment.chain) - 1
-            length = len(segment.token_ids)
+            keys = [len(segment.token_ids)] * size
             for first in range(0, len(rows), size):
                 tile = rows[first : first + size]
-                keys = [length] * size
-                self.tiles[level, size, len(segment.blocks)].append(
-                    (tile, segment.blocks, keys, segment.start)
-                )
+                self.add_tile(tile, segment.blocks, keys[: len(tile)], segment.start, size)
+
+    def add_tile(self, rows, blocks, keys, first_position: int, size: int) -> None:
+        """Adds a tile of size rows; those that it does not have see no key."""
+        unused = size - len(rows)
+        tile = ([*rows, *[-1] * unused], blocks, [*keys, *[0] * unused], first_position)
+        self.tiles[size, len(blocks)].append(tile)
+
+    def finish(self, num_rows: int, tensor: Callable[[list], Tensor]) -> Batch:
+        """Returns the batch of num_rows rows."""
+        self.add_shared(num_rows)
+        pieces: list[list[int]] = [[] for _ in range(num_rows)]
+        tile_sets, place = [], 0
+        # Sorted, as the order of a row's pieces must not depend on the other rows.
+        for _, tiles in sorted(self.tiles.items(), key=lambda item: item[0]):
+            rows, blocks, keys, firsts = (list(column) for column in zip(*tiles, strict=True))
+            tile_sets.append(_tiles(rows, tensor(blocks), keys, firsts, num_rows, tensor))
+            for row in chain.from_iterable(rows):
+                if row >= 0:
+                    pieces[row].append(place)
+                place += 1
+        if self.private:
+            private, slots = self._private_tiles(num_rows, tensor)
+            tile_sets.append(private)
+            for slot, (_, row, *_) in zip(slots, self.private, strict=True):
+                pieces[row].append(place + slot)
+            place += len(private.rows)
+        width = max(map(len, pieces))
+        padding = [0] * (num_rows - len(self.token_ids))
+        return Batch(
+            token_ids=tensor(self.token_ids + padding),
+            positions=tensor(self.positions + padding),
+            write_blocks=tensor(self.blocks),
+            write_offsets=tensor(self.offsets),
+            tiles=tile_sets,
+            pieces=tensor([row + [place] * (width - len(row)) for row in pieces]),
+            logit_rows=self.logit_rows,
+            outputs=self.outputs,
+            num_rows=num_rows,
+        )
+
+    def _private_tiles(
+        self, num_rows: int, tensor: Callable[[list], Tensor]
+    ) -> tuple[Tiles, list[int]]:
+        """Returns tiles of one row and one block, and the tile of each entry of `private`.
+
+        Where the blocks lie close, the tiles are in the order of the cache and need no gather.
+        """
+        blocks = [block for block, *_ in self.private]
+        low, high = min(blocks), max(blocks) + 1
+        if len(set(blocks)) == len(blocks) and high - low <= 2 * len(blocks):
+            slots = [block - low for block in blocks]
+            place: Tensor | slice = slice(low, high)
+        else:
+            slots = list(range(len(blocks)))
+            place = tensor([[block] for block in blocks])
+        entries: list[tuple[int, int, int]] = [(-1, 0, 0)] * (max(slots) + 1)
+        for slot, (_, *entry) in zip(slots, self.private, strict=True):
+            entries[slot] = tuple(entry)
+        rows, keys, firsts = zip(*entries, strict=True)
+        column = [[row] for row in rows]
+        return _tiles(column, place, [[num] for num in keys], firsts, num_rows, tensor), slots
+
+
+def _tiles(rows, blocks, keys, firsts, num_rows: int, tensor) -> Tiles:
+    """Returns tiles made of lists; -1 stands for an unused row."""
+    return Tiles(
+        rows=tensor(rows).remainder_(num_rows + 1),
+        blocks=blocks,
+        num_keys=tensor(keys),
+        first_position=tensor(firsts),
+    )
 
 
 def build_batch(step: Step, *, block_size: int, pad_to: int, device: torch.device) -> Batch:
@@ -172,66 +213,7 @@ def build_batch(step: Step, *, block_size: int, pad_to: int, device: torch.devic
         builder.add_decode(sequence, first, last)
     for segment, number in step.prefill:
         builder.add_prefill(segment, number)
-    used = len(builder.token_ids)
-    num_rows = max(used, pad_to)
-    builder.add_shared(num_rows)
-
-    def tensor(values) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
-    padding = [0] * (num_rows - used)
-    shared = []
-    for (level, size, _), tiles in builder.tiles.items():
-        shared.append(
-            SharedWork(
-                level=level,
-                rows=tensor([rows + [num_rows] * (size - len(rows)) for rows, *_ in tiles]),
-                blocks=tensor([blocks for _, blocks, _, _ in tiles]),
-                num_keys=tensor([keys for _, _, keys, _ in tiles]),
-                first_position=tensor([start for *_, start in tiles]),
-            )
-        )
-    return Batch(
-        token_ids=tensor(builder.token_ids + padding),
-        positions=tensor(builder.positions + padding),
-        write_blocks=tensor(builder.blocks),
-        write_offsets=tensor(builder.offsets),
-        shared=shared,
-        private=_private_work(builder, num_rows, tensor) if builder.pairs else None,
-        logit_rows=builder.logit_rows,
-        outputs=builder.outputs,
-        num_rows=num_rows,
-    )
-
-
-def _private_work(builder: _Builder, num_rows: int, tensor) -> PrivateWork:
-    """Returns the pairs, laid out like the cache where each block has one row and they lie together."""
-    pairs = builder.pairs
-    blocks = [block for block, *_ in pairs]
-    low, high = min(blocks), max(blocks) + 1
-    place: slice | Tensor
-    if len(set(blocks)) == len(blocks) and high - low <= 2 * len(blocks):
-        slots: list[tuple[int, int, int]] = [(num_rows, 0, 0)] * (high - low)
-        for block, *rest in pairs:
-            slots[block - low] = tuple(rest)
-        index_of = [block - low for block in blocks]
-        place = slice(low, high)
-    else:
-        slots = [tuple(rest) for _, *rest in pairs]
-        index_of = list(range(len(pairs)))
-        place = tensor(blocks)
-    width = max(len(indices) for _, indices in builder.pairs_of_row)
-    unused = len(slots)
-    return PrivateWork(
-        blocks=place,
-        rows=tensor([row for row, _, _ in slots]),
-        num_keys=tensor([keys for _, keys, _ in slots]),
-        first_position=tensor([first for _, _, first in slots]),
-        table=tensor(
-            [
-                [index_of[i] for i in indices] + [unused] * (width - len(indices))
-                for _, indices in builder.pairs_of_row
-            ]
-        ),
-        table_rows=tensor([row for row, _ in builder.pairs_of_row]),
+    return builder.finish(
+        max(len(builder.token_ids), pad_to),
+        lambda values: torch.tensor(values, dtype=torch.int64, device=device),
     )

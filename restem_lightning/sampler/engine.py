@@ -14,9 +14,9 @@ from restem_lightning.sampler.blocks import BlockPool
 from restem_lightning.sampler.params import Request, Sample, SamplingParams, address_key
 from restem_lightning.sampler.runner import Runner
 from restem_lightning.sampler.scheduler import Scheduler
-from restem_lightning.sampler.sequence import Segment, Sequence
+from restem_lightning.sampler.sequence import Sequence
 from restem_lightning.sampler.stop import StopStrings
-from restem_lightning.sampler.weights import checksum, load_module, update_weights
+from restem_lightning.sampler.weights import checksum, load_module, pack_linears, update_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,8 @@ class EngineParams:
         device: cpu, cuda, or auto for cuda where there is one.
         dtype: float32, bfloat16, or auto for float32 on cpu and bfloat16 on cuda.
         max_batch_size: completions decoded together.
-        max_batch_tokens: tokens in one forward pass; 0 for max_batch_size where batch_invariant,
-            else for 2048.
+        max_batch_tokens: tokens in one forward pass; 0 for max_batch_size and one block of a prompt
+            where batch_invariant, else for 2048.
         block_size: tokens in a block of the KV cache.
         cache_tokens: tokens that the KV cache holds.
         batch_invariant: on computes every completion to the same bits whatever else is in the
@@ -102,16 +102,17 @@ class Sampler:
         """
         self.engine = engine or EngineParams()
         self.dtype, self.device = self.engine.resolve_dtype(), self.engine.resolve_device()
-        self.module = (
-            policy
-            if isinstance(policy, nn.Module)
-            else load_module(policy, device=self.device, dtype=self.dtype)
-        )
+        self.owns_module = not isinstance(policy, nn.Module)
+        if self.owns_module:
+            self.module = load_module(policy, device=self.device, dtype=self.dtype)
+            pack_linears(self.module)
+        else:
+            self.module = policy
         size = self.engine.block_size
         self.num_blocks = -(-self.engine.cache_tokens // size)
         self.runner = Runner(self.module, num_blocks=self.num_blocks, block_size=size)
         self.invariant = self.engine.resolve_batch_invariant()
-        smallest = max(self.engine.max_batch_size, size)
+        smallest = self.engine.max_batch_size + size
         self.max_batch_tokens = self.engine.max_batch_tokens or (
             smallest if self.invariant else max(2048, smallest)
         )
@@ -122,6 +123,8 @@ class Sampler:
     def update_weights(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Copies live weights into the sampler's module, see `weights.update_weights`."""
         update_weights(self.module, named)
+        if self.owns_module:
+            pack_linears(self.module)
 
     def checksum(self) -> str:
         """Returns the hash of the weights that the next completion is drawn with."""
@@ -146,7 +149,8 @@ class Sampler:
             decode: token ids to text; needed for stop strings only.
 
         Raises:
-            UserError: if the KV cache cannot hold one prompt with its completion.
+            UserError: if the KV cache cannot hold one prompt with its completion, or stop strings
+                are given without decode.
         """
         pool = BlockPool(self.num_blocks)
         scheduler = Scheduler(
@@ -158,8 +162,11 @@ class Sampler:
             max_new_tokens=params.max_new_tokens,
             key_of=lambda request_id: address_key(seed, iteration, request_id),
         )
-        vocab_size = self.module.get_input_embeddings().weight.shape[0]
-        stop = StopStrings(params.stop, decode or (lambda ids: ""), vocab_size)
+        if params.stop and decode is None:
+            raise UserError(
+                "sampling.stop needs text; give Sampler.generate the tokenizer's decode"
+            )
+        stop = StopStrings(params.stop, decode or (lambda ids: ""))
         pad_to = self.max_batch_tokens if self.invariant else 0
         draw = _Drawer(params, self.device)
         while not scheduler.done:
@@ -175,17 +182,13 @@ class Sampler:
                 step, block_size=self.engine.block_size, pad_to=pad_to, device=self.device
             )
             logits = self.runner.forward(batch, pad_to=pad_to)
-            drawn = []
-            for row, output in enumerate(batch.outputs):
-                if isinstance(output, Segment):
-                    output.logits = logits[row].clone()
-                else:
-                    drawn.append(row)
+            sequences = [output for output in batch.outputs if isinstance(output, Sequence)]
+            for row, prompt in enumerate(batch.outputs[len(sequences) :], len(sequences)):
+                prompt.logits = logits[row].clone()
             for _ in scheduler.complete(step):
                 pass
-            if drawn:
-                sequences = [batch.outputs[row] for row in drawn]
-                draw(sequences, logits[drawn])
+            if sequences:
+                draw(sequences, logits[: len(sequences)])
                 yield from self._finished(sequences, scheduler, params, stop)
         self.num_preemptions = scheduler.num_preemptions
 

@@ -46,7 +46,7 @@ class SamplingParams:
             raise UserError("sampling.stop holds an empty string; remove it")
         if self.temperature == 0 and self.n > 1:
             raise UserError(
-                f"sampling.n ({self.n}) must be 1 at temperature 0: greedy completions are all equal; "
+                f"sampling.n ({self.n}) must be 1 at temperature 0 (all completions are equal); "
                 "set sampling.n to 1 or raise sampling.temperature"
             )
         object.__setattr__(self, "stop", tuple(self.stop))
@@ -67,6 +67,16 @@ class Request:
     prompt_ids: tuple[int, ...]
     num_shared: int = 0
     indices: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        """Checks the sizes.
+
+        Raises:
+            UserError: if there is nothing to complete or to draw.
+        """
+        if not self.prompt_ids or not self.indices:
+            what = "tokens" if not self.prompt_ids else "indices"
+            raise UserError(f"request {self.request_id} has no {what}; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +101,6 @@ class Sample:
 
 
 def address_key(seed: int, iteration: int, request_id: str) -> tuple[int, int]:
-    """Returns the two 32-bit key words of a prompt's draws; equal inputs give equal keys anywhere."""
+    """Returns the two 32-bit key words of a prompt's draws, the same on every machine."""
     digest = hashlib.sha256(f"{seed}/{iteration}/{request_id}".encode()).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")

@@ -49,7 +49,7 @@ class Runner:
         """
         wanted = len(batch.logit_rows)
         rows = batch.logit_rows + [0] * (max(wanted, pad_to) - wanted if wanted else 0)
-        state = AttentionState(batch=batch, cache=self.cache)
+        state = AttentionState(batch, self.cache)
         # One row at least: an empty index would make a product with no rows.
         keep = torch.tensor(rows or [0], dtype=torch.int64, device=self.device)
         logits = self.module(

@@ -25,7 +25,7 @@ class Step:
 
 
 class Scheduler:
-    """Continuous batching: running sequences first, prompts of the next ones in the rows left over."""
+    """Continuous batching: running sequences first, prompts of the next in the rows left over."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Scheduler:
             yield prompt
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Gives a sequence blocks for num_tokens, preempting the youngest; False if it went itself."""
+        """Gives a sequence blocks for num_tokens, preempting the youngest; False if that is it."""
         while len(sequence.blocks) * self.block_size < num_tokens:
             if self.pool.num_free == 0:
                 youngest = self.running.pop()
@@ -151,26 +151,27 @@ class Scheduler:
         request = self.next_request
         if request is None:
             return False
-        shared, rest = request.prompt_ids[: request.num_shared], request.prompt_ids
+        # The last token is never shared: its logits are the start of the completions.
+        num_shared = min(request.num_shared, len(request.prompt_ids) - 1)
+        shared, rest = request.prompt_ids[:num_shared], request.prompt_ids[num_shared:]
         parent = self.preambles.get(shared)
-        needed = self._num_blocks(rest[len(shared) :])
-        needed += self._num_blocks(shared) if parent is None else 0
+        needed = self._num_blocks(rest) + (0 if parent else self._num_blocks(shared))
         reserve = self.blocks_per_sequence
         if self.pool.num_free < needed or (
             self.pool.num_blocks - self.num_shared_blocks - needed < reserve
         ):
             if not (self.running or self.ready or self.prefilling):
                 raise UserError(
-                    f"the KV cache ({self.pool.num_blocks} blocks of {self.block_size} tokens) does not "
-                    f"hold one completion of {request.request_id} ({len(rest)} prompt tokens and "
-                    f"{reserve} blocks of new tokens); raise engine.cache_tokens"
+                    f"engine.cache_tokens ({self.pool.num_blocks * self.block_size}) must hold a "
+                    f"completion of {request.request_id}: {len(request.prompt_ids)} prompt tokens "
+                    f"and {reserve * self.block_size} new ones; raise it"
                 )
             return False
         if parent is None and shared:
             parent = Segment(token_ids=shared, is_preamble=True)
             parent.blocks = self._share(len(shared))
             self.preambles[shared] = parent
-        prompt = Segment(token_ids=rest[len(shared) :], parent=parent)
+        prompt = Segment(token_ids=rest, parent=parent)
         prompt.num_users = len(request.indices)
         prompt.blocks = self._share(len(prompt.token_ids))
         self.prefilling.append((prompt, request))

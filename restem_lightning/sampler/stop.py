@@ -4,24 +4,20 @@ from collections.abc import Callable, Sequence
 
 
 class StopStrings:
-    """Finds stop strings in the text of tokens, looking only where a new token can have ended one."""
+    """Finds stop strings in the text of tokens, looking only where a new token can end one."""
 
-    def __init__(self, stop: Sequence[str], decode: Callable[[list[int]], str], vocab_size: int):
+    def __init__(self, stop: Sequence[str], decode: Callable[[list[int]], str]):
         """Prepares the search.
 
         Args:
             stop: strings that end a completion; none means never.
             decode: token ids to text.
-            vocab_size: number of token ids.
         """
         self.stop, self.decode = tuple(stop), decode
         self.longest = max(map(len, self.stop), default=0)
-        endings = {text[-1] for text in self.stop}
-        self.can_end = (
-            [any(char in endings for char in decode([token])) for token in range(vocab_size)]
-            if self.stop
-            else []
-        )
+        # A part of a character decodes to the replacement character; the rest is in other tokens.
+        self.endings = {text[-1] for text in self.stop} | {"\ufffd"}
+        self.can_end: dict[int, bool] = {}
 
     def cut(self, token_ids: Sequence[int]) -> int | None:
         """Returns how many leading tokens come before a stop string, None if there is none.
@@ -29,7 +25,12 @@ class StopStrings:
         Args:
             token_ids: the completion so far; only strings that its last token ends are looked for.
         """
-        if not self.stop or not self.can_end[token_ids[-1]]:
+        if not self.stop:
+            return None
+        last = token_ids[-1]
+        if last not in self.can_end:
+            self.can_end[last] = not self.endings.isdisjoint(self.decode([last]))
+        if not self.can_end[last]:
             return None
         # A token holds at least one character in all but broken text, so this tail is enough.
         tail_start = max(0, len(token_ids) - 2 * self.longest - 4)

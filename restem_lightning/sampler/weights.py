@@ -1,12 +1,14 @@
-"""Policy folder or live weights -> the sampler's module, with a checksum that tells stale weights."""
+"""Policy folder or live weights -> the sampler's module; a checksum that tells stale weights."""
 
 import hashlib
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from restem_lightning.errors import UserError
 from restem_lightning.sampler.attention import ATTENTION_NAME
@@ -23,14 +25,48 @@ def load_module(policy: str | Path, *, device: torch.device, dtype: torch.dtype)
     Raises:
         UserError: if the model's attention cannot be replaced by ours.
     """
+    config = AutoConfig.from_pretrained(policy)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    reason = None
+    if not getattr(model_class, "_supports_attention_backend", False):
+        reason = "its layers do not go through transformers' attention interface"
+    elif "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
+        reason = "it has layers with chunked attention"
+    if reason:
+        raise UserError(
+            f"the sampler does not support {config.model_type} ({policy}): {reason}; "
+            "choose a decoder-only model such as Llama, Qwen, Mistral or Gemma"
+        )
     module = AutoModelForCausalLM.from_pretrained(
         policy, dtype=dtype, attn_implementation=ATTENTION_NAME
     )
-    if module.config.is_encoder_decoder or getattr(module.config, "num_attention_heads", 0) == 0:
-        raise UserError(
-            f"the sampler runs decoder-only attention models, not {module.config.model_type} ({policy})"
-        )
     return module.to(device).eval()
+
+
+def _packed_forward(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+
+
+@torch.no_grad()
+def pack_linears(module: nn.Module) -> None:
+    """Gives the linear layers of a bfloat16 module on the CPU weights in the layout of its kernels.
+
+    Otherwise torch makes that layout anew in every call, a third of the call's time. The results
+    are the same bits. The copies follow the weights only when this is called again. For other
+    dtypes and devices nothing happens.
+
+    Source: torch's inductor, which does the same with frozen weights (torch 2.13).
+    """
+    for linear in module.modules():
+        if type(linear) is not nn.Linear:
+            continue
+        weight = linear.weight
+        if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+            return
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        linear.forward = partial(_packed_forward, packed, linear.bias)
 
 
 @torch.no_grad()

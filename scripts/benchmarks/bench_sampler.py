@@ -78,7 +78,7 @@ def ours(
     """Returns a function that samples all requests once and returns the number of tokens."""
     sampler = Sampler(folder, engine)
     if not eos:
-        sampler.eos_ids = frozenset()
+        sampler.eos_ids = ()
 
     def run() -> int:
         samples = sampler.generate(requests, params, seed=0, iteration=0)

@@ -1,0 +1,92 @@
+"""The command line inside the test process, and the settings of runs small enough for tests."""
+
+import io
+import json
+import os
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+# About half of what any policy writes is CORRECT, so no test depends on how good ours is.
+EASY = f"{ROOT / 'tests' / 'loop' / 'easy_verifier.py'}:EasyVerifier"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def restem() -> Callable[..., Result]:
+    """Runs the command line in this process."""
+    import torch
+
+    from restem_lightning.cli import main
+
+    torch.set_num_threads(1)
+
+    def run(*words: Any) -> Result:
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                main([str(word) for word in words])
+            except SystemExit as stop:
+                code = stop.code or 0
+        return Result(code=code, out=out.getvalue(), err=err.getvalue())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def fit_words() -> Callable[..., list[str]]:
+    """Returns the words of `restem fit` for quickstart.yaml made tiny; later settings win."""
+
+    def words(run_dir: Path, **changes: Any) -> list[str]:
+        settings = {
+            "iterations": 1,
+            "policy": "embedded",
+            "verifier": EASY,
+            "problems.train.init_args.num": 24,
+            "problems.validation.init_args.num": 8,
+            "problems.held_out.held_out.init_args.num": 8,
+            "sampling.n": 4,
+            "sampling.temperature": 0.9,
+            "sampling.max_new_tokens": 40,
+            "selection.max_per_problem": 2,
+            "engine.device": "cpu",
+            "engine.max_batch_size": 64,
+            "engine.cache_tokens": 16384,
+            "e_step.problems_per_part": 6,
+            "evaluation.n": 2,
+            "evaluation.ks": [1, 2],
+            "data.batch_size": 8,
+            "trainer.accelerator": "cpu",
+            "trainer.devices": 1,
+            "trainer.max_epochs": 2,
+            "trainer.val_check_interval": 0.5,
+            "trainer.log_every_n_steps": 1,
+            "trainer.enable_progress_bar": False,
+            "run_dir": run_dir,
+            **changes,
+        }
+        flat = [(f"--{key}", _word(value)) for key, value in settings.items()]
+        return ["fit", "--config", str(QUICKSTART), *(word for pair in flat for word in pair)]
+
+    return words
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str).strip('"')

@@ -1,0 +1,138 @@
+"""A run killed anywhere ends like one that was never interrupted."""
+
+import shutil
+
+import pytest
+
+from restem_lightning.completions import CompletionStore
+from restem_lightning.run_dir import TEMP_SUFFIX, RunDir, read_json, write_json
+
+
+@pytest.fixture
+def resume(restem, fit_words, callbacks):
+    """Goes on with a run to the end of its second iteration."""
+
+    def go_on(run, **changes):
+        settings = {"iterations": 2, "trainer.callbacks": callbacks, **changes}
+        result = restem(*fit_words(run.path, **settings))
+        assert result.code == 0, result.err
+        return result
+
+    return go_on
+
+
+def undo(run, iteration, *, until):
+    """Takes away what an iteration has written from a stage on, the last thing first."""
+    paths = run.iteration(iteration)
+    order = ["manifest", "metrics", "evaluation", "policy", "m_step", "funnel", "accepted"]
+    for name in order[: order.index(until) + 1]:
+        path = paths.path / name if name == "evaluation" else getattr(paths, name)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "iteration_1_fit_start",
+        "iteration_2_optimizer_step_3",
+        "iteration_2_train_end",
+        "iteration_2_fit_end",
+    ],
+)
+def test_a_kill_in_the_m_step_changes_nothing(
+    moment, snapshots, finished, copy_of, resume, outcome
+):
+    run = copy_of(snapshots / moment)
+    assert not run.iteration(2).manifest.exists()
+    resume(run)
+    for iteration in (1, 2):
+        assert outcome(run, iteration) == outcome(finished, iteration)
+
+
+@pytest.mark.parametrize("until", ["manifest", "metrics", "evaluation", "funnel", "accepted"])
+def test_a_kill_between_stages_changes_nothing(until, finished, copy_of, resume, outcome):
+    run = copy_of(finished.path)
+    undo(run, 2, until=until)
+    resume(run)
+    assert outcome(run, 2) == outcome(finished, 2)
+
+
+@pytest.mark.parametrize("num_left", [0, 1, 3])
+def test_a_kill_in_the_e_step_changes_nothing(num_left, finished, copy_of, resume, outcome):
+    run = copy_of(finished.path)
+    undo(run, 2, until="accepted")
+    folder = run.iteration(2).completions
+    store = CompletionStore(folder)
+    kept = {part.path: part.path.read_bytes() for part in store.parts()[:num_left]}
+    for part in store.parts()[num_left:]:
+        store.delete_part(part.index)
+    (folder / f".part-00003.parquet.0123{TEMP_SUFFIX}").write_bytes(b"half a part")
+    (folder / "part-00003.parquet").write_bytes(b"a part whose index entry was not written")
+    resume(run)
+    assert outcome(run, 2) == outcome(finished, 2)
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert not list(run.path.rglob(f"*{TEMP_SUFFIX}"))
+
+
+def test_a_finished_run_does_nothing_more(finished, copy_of, resume):
+    run = copy_of(finished.path)
+    before = {path: path.stat().st_mtime_ns for path in run.path.glob("iteration_*/**/*")}
+    resume(run)
+    assert {path: path.stat().st_mtime_ns for path in run.path.glob("iteration_*/**/*")} == before
+
+
+def test_two_iterations_and_then_a_third_equal_three(finished, copy_of, resume, outcome, tmp_path):
+    run, whole = copy_of(finished.path), RunDir(tmp_path / "whole")
+    resume(run, iterations=3)
+    resume(whole, iterations=3)
+    for iteration in (1, 2, 3):
+        assert outcome(run, iteration) == outcome(whole, iteration)
+
+
+def test_seconds_go_on_counting_where_a_stage_was_stopped(finished, copy_of, resume):
+    run = copy_of(finished.path)
+    undo(run, 2, until="accepted")
+    CompletionStore(run.iteration(2).completions).delete_part(3)
+    path = run.iteration(2).path / "seconds.json"
+    write_json(path, {"e_step": 1000.0})
+    resume(run)
+    assert 1000 < read_json(path)["e_step"] < 1100
+    assert read_json(run.iteration(2).metrics)["seconds"]["e_step"] > 1000
+
+
+def test_other_settings_are_refused_with_the_key_and_both_values(
+    finished, copy_of, restem, fit_words, callbacks
+):
+    run = copy_of(finished.path)
+    changes = {"iterations": 2, "trainer.callbacks": callbacks, "sampling.top_k": 7}
+    result = restem(*fit_words(run.path, **changes))
+    assert result.code == 2
+    assert result.err.count("\n") == 1
+    assert "sampling.top_k was 40, now 7" in result.err
+    assert "--run_dir" in result.err
+
+
+def test_a_mistake_found_before_the_run_begins_does_not_bind_the_folder(
+    restem, fit_words, tmp_path
+):
+    missing = (
+        '{"class_path": "restem_lightning.problems.JsonlProblems", "init_args": {"path": "x"}}'
+    )
+    refused = restem(*fit_words(tmp_path / "run", **{"problems.train": missing}))
+    assert refused.code == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_e_step_of_changed_problems_is_refused_in_one_short_line(
+    finished, copy_of, restem, fit_words, callbacks
+):
+    run = copy_of(finished.path)
+    undo(run, 2, until="accepted")
+    pool = run.iteration(2).completions / "pool.json"
+    record = read_json(pool)
+    record["settings"]["problems_hash"] = "0" * 64
+    write_json(pool, record)
+    result = restem(*fit_words(run.path, iterations=2, **{"trainer.callbacks": callbacks}))
+    assert result.code == 2
+    assert "problems_hash" in result.err
+    assert len(result.err) < 600

@@ -1,0 +1,221 @@
+"""How completions end, what the engine refuses, and new weights."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from restem_lightning.errors import UserError
+from restem_lightning.sampler import EngineParams, Request, Sampler, SamplingParams
+from restem_lightning.sampler.weights import load_module, pack_linears
+
+VOCAB, EOS = 64, 1
+
+
+def decode(token_ids):
+    return "".join(f"{token:02d}." for token in token_ids)
+
+
+@pytest.fixture
+def request_of_many(prompt):
+    return Request(request_id="a", prompt_ids=prompt(10), indices=tuple(range(40)))
+
+
+def test_completions_end_at_eos_or_at_the_longest_length(
+    request_of_many, make_policy, make_sampler, draw
+):
+    params = SamplingParams(n=40, temperature=1.5, top_k=0, max_new_tokens=30)
+    samples = draw(make_sampler(make_policy()), [request_of_many], params)
+    assert {sample.finish_reason for sample in samples.values()} == {"eos", "length"}
+    for sample in samples.values():
+        assert len(sample.token_ids) == len(sample.logprobs) == len(sample.sampling_logprobs)
+        assert EOS not in sample.token_ids[:-1]
+        assert (sample.token_ids[-1] == EOS) == (sample.finish_reason == "eos")
+        assert sample.finish_reason == "eos" or len(sample.token_ids) == 30
+
+
+def test_several_eos_ids_are_known_in_their_order(make_policy, make_sampler):
+    sampler = make_sampler(make_policy())
+    sampler.module.generation_config.eos_token_id = [EOS, 7, 9]
+    assert Sampler(sampler.module, sampler.engine).eos_ids == (EOS, 7, 9)
+
+
+def test_any_of_several_eos_ids_ends_a_completion(request_of_many, make_policy, make_sampler, draw):
+    sampler = make_sampler(make_policy())
+    sampler.eos_ids = tuple(range(32))
+    params = SamplingParams(n=40, temperature=1.5, top_k=0, max_new_tokens=30)
+    for sample in draw(sampler, [request_of_many], params).values():
+        assert all(token >= 32 for token in sample.token_ids[:-1])
+        assert (sample.token_ids[-1] < 32) == (sample.finish_reason == "eos")
+
+
+def test_one_new_token(request_of_many, make_policy, make_sampler, draw):
+    params = SamplingParams(n=40, max_new_tokens=1)
+    samples = draw(make_sampler(make_policy()), [request_of_many], params)
+    assert len(samples) == 40
+    assert {len(sample.token_ids) for sample in samples.values()} == {1}
+
+
+def test_completions_are_cut_before_a_stop_string_that_crosses_tokens(
+    request_of_many, make_policy, make_sampler, draw
+):
+    sampler = make_sampler(make_policy())
+    sampler.eos_ids = ()
+    params = SamplingParams(n=40, temperature=1.0, top_k=0, max_new_tokens=30)
+    free = draw(sampler, [request_of_many], params)
+    text = decode(free["a", 0].token_ids)
+    stop = (text[20:25], "never")  # from the end of one token to the middle of the one after next
+    params = SamplingParams(n=40, temperature=1.0, top_k=0, max_new_tokens=30, stop=stop)
+    stopped = draw(sampler, [request_of_many], params, decode=decode)
+    assert stopped["a", 0].finish_reason == "stop"
+    for address, sample in stopped.items():
+        text = decode(free[address].token_ids)
+        place = text.find(stop[0])
+        assert sample.finish_reason == ("length" if place < 0 else "stop")
+        num_kept = 30 if place < 0 else place // 3
+        assert sample.token_ids == free[address].token_ids[:num_kept]
+        assert sample.logprobs == free[address].logprobs[:num_kept]
+
+
+def test_stop_strings_without_a_decoder_are_refused(
+    request_of_many, make_policy, make_sampler, draw
+):
+    with pytest.raises(UserError, match=r"sampling\.stop needs text"):
+        draw(make_sampler(make_policy()), [request_of_many], SamplingParams(stop=("x",)))
+
+
+def test_requests_are_read_as_late_as_possible(make_policy, make_sampler, prompt):
+    sampler = make_sampler(make_policy(), max_batch_size=8)
+    sampler.eos_ids = ()
+    num_read = 0
+
+    def endless():
+        nonlocal num_read
+        while True:
+            num_read += 1
+            yield Request(request_id=str(num_read), prompt_ids=prompt(9), indices=(0, 1, 2, 3))
+
+    params = SamplingParams(n=4, temperature=1.0, max_new_tokens=5)
+    samples = sampler.generate(endless(), params, seed=0, iteration=0)
+    for _ in range(16):
+        next(samples)
+    assert num_read <= 4 + 4  # those that gave 16 completions, and at most as many waiting
+
+
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 32,
+    "vocab_size": VOCAB,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "bos_token_id": 0,
+    "eos_token_id": EOS,
+    "pad_token_id": 0,
+}
+UNSUPPORTED = {
+    "bloom": ({}, "bloom"),
+    "falcon": ({}, "falcon"),
+    "mamba": ({"state_size": 4}, "mamba"),
+    "llama4_text": (
+        {"num_local_experts": 2, "head_dim": 8, "intermediate_size_mlp": 32, "moe_layers": []},
+        "llama4_text.*chunked",
+    ),
+    "nemotron": ({}, "NemotronAttention"),
+    "gpt_oss": ({"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}, "GptOss.*sinks"),
+    "deepseek_v2": (
+        {"kv_lora_rank": 8, "q_lora_rank": None, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8},
+        "DeepseekV2Attention.*config says",
+    ),
+    "lfm2": ({"layer_types": ["conv", "full_attention"]}, "lfm2.*1 of its 2 layers"),
+}
+
+
+@pytest.mark.parametrize("family", UNSUPPORTED)
+def test_models_that_would_be_sampled_wrongly_are_refused_by_name(family, tmp_path, prompt):
+    settings, message = UNSUPPORTED[family]
+    config = AutoConfig.for_model(family, **(SMALL | settings))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    engine = EngineParams(device="cpu", max_batch_size=4, block_size=8, cache_tokens=512)
+    with pytest.raises(UserError, match=f"does not support {message}"):
+        list(
+            Sampler(tmp_path, engine).generate(
+                [Request(request_id="a", prompt_ids=prompt(5))],
+                SamplingParams(n=1, max_new_tokens=2),
+                seed=0,
+                iteration=0,
+            )
+        )
+
+
+def test_packed_weights_give_the_same_bits(make_policy):
+    module = load_module(make_policy(), device=torch.device("cpu"), dtype=torch.bfloat16)
+    inputs = torch.randn(5, 32, dtype=torch.bfloat16)
+    plain = [layer.self_attn.q_proj(inputs) for layer in module.model.layers]
+    pack_linears(module)
+    packed = [layer.self_attn.q_proj(inputs) for layer in module.model.layers]
+    assert all(torch.equal(*pair) for pair in zip(plain, packed, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tie", [False, True])
+def test_new_weights_in_place_equal_a_fresh_sampler(
+    dtype, tie, make_policy, make_sampler, draw, request_of_many
+):
+    old, new = (make_policy(seed=seed, tie_word_embeddings=tie) for seed in (1, 2))
+    sampler, fresh = make_sampler(old, dtype=dtype), make_sampler(new, dtype=dtype)
+    params = SamplingParams(n=40, max_new_tokens=20)
+    before = draw(sampler, [request_of_many], params)
+    places = [parameter.data_ptr() for parameter in sampler.module.parameters()]
+    assert sampler.checksum() != fresh.checksum()
+    live = AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32)
+    sampler.update_weights(live.state_dict().items())
+    assert sampler.checksum() == fresh.checksum()
+    assert [parameter.data_ptr() for parameter in sampler.module.parameters()] == places
+    after = draw(sampler, [request_of_many], params)
+    assert after == draw(fresh, [request_of_many], params)
+    assert after != before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda named: named.pop("model.norm.weight"), r"no new weights for model\.norm\.weight"),
+        (lambda named: named.update(other=torch.zeros(1)), "no parameter other"),
+        (
+            lambda named: named.update({"model.norm.weight": torch.zeros(3)}),
+            r"model\.norm\.weight: shape \(3,\), not \(32,\)",
+        ),
+    ],
+)
+def test_missing_unknown_and_misshapen_weights_are_refused(
+    change, message, make_policy, make_sampler
+):
+    sampler = make_sampler(make_policy())
+    named = dict(sampler.module.named_parameters())
+    change(named)
+    with pytest.raises(ValueError, match=message):
+        sampler.update_weights(named.items())
+
+
+def test_a_changed_weight_changes_the_checksum_and_order_does_not(make_policy, make_sampler):
+    sampler = make_sampler(make_policy())
+    before = sampler.checksum()
+    assert make_sampler(make_policy()).checksum() == before
+    with torch.no_grad():
+        sampler.module.model.norm.weight[3] += 1e-6
+    assert sampler.checksum() != before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "float16"}, r"engine\.dtype \(float16\) must be one of auto, float32, bfloat16"),
+        ({"batch_invariant": "yes"}, r"engine\.batch_invariant \(yes\)"),
+        ({"max_batch_size": 0}, r"engine\.max_batch_size \(0\) must be at least 1"),
+        ({"cache_tokens": 0}, r"engine\.cache_tokens"),
+        ({"max_batch_size": 64, "max_batch_tokens": 63}, r"engine\.max_batch_tokens \(63\)"),
+    ],
+)
+def test_engine_settings_are_checked(settings, message):
+    with pytest.raises(UserError, match=message):
+        EngineParams(**settings)

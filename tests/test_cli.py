@@ -1,0 +1,323 @@
+"""The command line as a user meets it: help, verbs, and one line for each mistake."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from restem_lightning import __version__
+from restem_lightning.cli import VERBS
+from restem_lightning.completions import CompletionStore
+from restem_lightning.problems import write_problems
+from restem_lightning.run_dir import read_json
+from restem_lightning.settings import EMBEDDED_POLICY
+from restem_lightning.word_problems import WordProblems
+
+JSONL = "restem_lightning.problems.JsonlProblems"
+SMALL = (
+    "--sampling.max_new_tokens",
+    "24",
+    "--engine.max_batch_size",
+    "64",
+    "--engine.device",
+    "cpu",
+)
+
+
+def source(class_path, **init_args):
+    return json.dumps({"class_path": class_path, "init_args": init_args})
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """A JSONL file of 12 problems."""
+    path = tmp_path / "some.problems.jsonl"
+    write_problems(path, WordProblems("held_out", 12).load())
+    return path
+
+
+@pytest.fixture
+def python_file(tmp_path):
+    """Writes a function f(problem, text) to a file and returns its path with the name."""
+
+    def write(body):
+        path = tmp_path / "own.py"
+        path.write_text(f"def f(problem, text):\n    {body}\n")
+        return f"{path}:f"
+
+    return write
+
+
+# --- help ---
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_without_a_verb_all_verbs_are_explained(words, restem):
+    result = restem(*words)
+    assert (result.code, result.err) == (0, "")
+    for verb, text in VERBS.items():
+        assert verb in result.out
+        assert text in result.out
+
+
+def test_version(restem):
+    assert restem("--version").out == f"{__version__}\n"
+
+
+def test_the_module_is_the_command():
+    command = [sys.executable, "-m", "restem_lightning", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{__version__}\n", "")
+
+
+def options_of(help_text):
+    """Returns option -> its explanation, from what `--help` prints."""
+    options, name = {}, None
+    for line in help_text.splitlines():
+        if line.startswith("  -"):
+            head, _, text = line.strip().partition("  ")
+            name, options[head] = head, text.strip()
+        elif line.startswith("   ") and name is not None:
+            options[name] += line.strip()
+        else:
+            name = None
+    return options
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_of_every_verb_is_explained(verb, restem, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    result = restem(verb, "--help")
+    assert (result.code, result.err) == (0, "")
+    options = options_of(result.out)
+    assert len(options) >= 4
+    for name, text in options.items():
+        explanation = text.replace("(required", "").partition("(type:")[0].partition("(default:")[0]
+        assert len(explanation.split()) >= 2, f"{name}: {text!r}"
+
+
+# --- verbs ---
+
+
+def test_sample_draws_verifies_and_selects_and_draws_nothing_twice(
+    restem, problems, tmp_path, python_file
+):
+    words = [
+        *("sample", "--policy", EMBEDDED_POLICY, "--problems", problems),
+        *("--output", tmp_path / "out", "--sampling.n", 3, "--selection.max_per_problem", 2),
+        *("--verifier", python_file("return len(text) % 2 == 0"), *SMALL),
+    ]
+    first = restem(*words)
+    assert (first.code, first.err) == (2, first.err)
+    assert "class path" in first.err or "no verifier" in first.err
+    words[words.index("--verifier") + 1] = json.dumps(
+        {"class_path": "callable", "init_args": {"function": python_file("return True")}}
+    )
+    first = restem(*words)
+    assert (first.code, first.err) == (0, "")
+    store = CompletionStore(tmp_path / "out" / "completions")
+    table = store.read()
+    assert table.num_rows == 36
+    funnel = read_json(tmp_path / "out" / "funnel.json")
+    assert (funnel["completions"], funnel["correct"] <= 36) == (36, True)
+    assert (tmp_path / "out" / "accepted.parquet").is_file()
+    times = {part.path: part.path.stat().st_mtime_ns for part in store.parts()}
+    assert restem(*words).code == 0
+    assert {part.path: part.path.stat().st_mtime_ns for part in store.parts()} == times
+    refused = restem(*words, "--sampling.top_k", 3)
+    assert refused.code == 2
+    assert "sampling.top_k was 40, now 3" in refused.err
+
+
+def test_verify_writes_one_verdict_for_each_line(restem, tmp_path):
+    lines = [
+        {"problem_id": "a", "reference_answer": "4", "completion": "#### 4"},
+        {"problem_id": "b", "reference_answer": "4", "completion": "#### 5", "case_id": 7},
+        {"problem_id": "c", "reference_answer": "4", "completion": "no idea"},
+        {"problem_id": "d"},
+    ]
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = restem("verify", "--verifier", "math", "--input", path, "--output", tmp_path / "out")
+    assert (result.code, result.err) == (0, "")
+    rows = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [row["problem_id"] for row in rows] == ["a", "b", "c", "d"]
+    assert [row["verdict"] for row in rows] == ["CORRECT", "WRONG", "NO_ANSWER", "ERROR"]
+    assert [row["reward"] for row in rows] == [1.0, 0.0, 0.0, 0.0]
+    assert rows[1]["case_id"] == 7
+    assert json.loads(result.out) == {
+        "CORRECT": 1,
+        "WRONG": 1,
+        "NO_ANSWER": 1,
+        "ERROR": 1,
+        "TIMEOUT": 0,
+    }
+
+
+def test_evaluate_prints_a_table_and_writes_json(restem, problems, tmp_path):
+    result = restem(
+        *("evaluate", "--policy", EMBEDDED_POLICY, "--problems", problems, *SMALL),
+        *("--n", 3, "--k", "1,3", "--greedy", "--output", tmp_path / "out"),
+    )
+    assert (result.code, result.err) == (0, "")
+    measured = read_json(tmp_path / "out" / "metrics.json")["evaluation"]["some"]
+    assert set(measured) == {"greedy_pass@1", "pass@1", "pass@3", "maj@3"}
+    for name, value in measured.items():
+        assert 0 <= value["low"] <= value["value"] <= value["high"] <= 1
+        assert f"{name:16}{100 * value['value']:7.1f} %" in result.out
+    assert str(tmp_path / "out" / "metrics.json") in result.out
+
+
+def test_evaluate_finds_a_folder_of_its_own(restem, problems, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", "--policy", EMBEDDED_POLICY, "--problems", problems, "--n", 0, *SMALL]
+    for changes in ([], ["--seed", 1], []):
+        assert restem(*words, *changes).code == 0
+    assert len(list((tmp_path / "runs" / "evaluate").glob("policy-some-*/metrics.json"))) == 2
+
+
+def test_evaluate_without_greedy_measures_only_samples(restem, problems, tmp_path):
+    words = ["--problems", problems, "--output", tmp_path, "--n", 2, "--no_greedy", *SMALL]
+    assert restem("evaluate", *words).code == 0
+    assert set(read_json(tmp_path / "metrics.json")["evaluation"]["some"]) == {"pass@1", "maj@2"}
+
+
+def test_report_prints_metrics_as_json_or_writes_html(restem, tmp_path):
+    folder = tmp_path / "run" / "iteration_0"
+    folder.mkdir(parents=True)
+    value = {"value": 0.5, "low": 0.25, "high": 0.75, "num_problems": 8}
+    metrics = {"iteration": 0, "evaluation": {"held_out": {"pass@1": value}}, "e_step": {}}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    printed = restem("report", "--json", tmp_path / "run")
+    assert printed.code == 0
+    run = json.loads(printed.out)[str(tmp_path / "run")]
+    assert run["iterations"][0]["metrics"] == metrics
+    written = restem("report", tmp_path / "run", "--output", tmp_path / "r.html")
+    assert written.code == 0
+    assert "held_out" in (tmp_path / "r.html").read_text()
+
+
+# --- mistakes ---
+
+
+def refusals():
+    """(name, settings of fit, what the line must name)."""
+    missing = source(JSONL, path="nowhere.jsonl")
+    yield "missing problem file", {"problems.train": missing}, ["nowhere.jsonl"]
+    yield "missing policy", {"policy": "/nowhere/policy"}, ["policy", "/nowhere/policy"]
+    yield "no completions", {"sampling.n": 0}, ["sampling.n (0)", "at least 1"]
+    yield "temperature", {"sampling.temperature": -1}, ["sampling.temperature (-1", "at least 0"]
+    yield "quota", {"selection.max_per_problem": 9}, ["max_per_problem (9)", "sampling.n (4)"]
+    yield "overlap", {"problems.held_out.held_out.init_args.split": "train"}, ["train", "held_out"]
+    yield "unknown verifier", {"verifier": "maths"}, ["verifier (maths)", "math, procedural"]
+    yield "verifier's argument", {"verifier": source("math", foo=1)}, ["foo", "init_args"]
+    yield (
+        "stop rule without D_val",
+        {"problems.validation": "null"},
+        ["problems.validation", "none"],
+    )
+    yield "unknown stop rule", {"stop.rule": "later"}, ["later", "first_drop"]
+    yield "shots", {"prompt.init_args.shots": "nowhere.jsonl"}, ["shots", "nowhere.jsonl"]
+    yield "no iteration", {"iterations": 0}, ["iterations (0)", "at least 1"]
+    yield "start", {"start_from": "/nowhere"}, ["/nowhere"]
+    yield "logger", {"trainer.logger": "true"}, ["trainer.logger"]
+    yield "unknown key", {"sampling.m": 3}, ["sampling.m"]
+    yield "type", {"sampling.n": "many"}, ["sampling.n", "many"]
+    yield "class", {"problems.train": "no.Such"}, ["problems.train", "no.Such"]
+    yield (
+        "name of a set",
+        {"problems.held_out": json.dumps({"train": json.loads(missing)})},
+        ["rename"],
+    )
+    yield "accelerator", {"trainer.gradient_clip_val": 1.0}, ["trainer", "gradient_clip_val"]
+
+
+@pytest.mark.parametrize(("changes", "named"), [pytest.param(c, n, id=i) for i, c, n in refusals()])
+def test_a_mistake_in_the_settings_is_one_line(changes, named, restem, fit_words, tmp_path):
+    result = restem(*fit_words(tmp_path / "run", **changes))
+    check_line(result, named)
+
+
+def check_line(result, named, verb="fit"):
+    assert result.code == 2
+    assert result.err.count("\n") == 1, result.err
+    assert result.err.startswith(f"restem {verb}: error: ")
+    for name in named:
+        assert name in result.err
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["fit", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["fit", "--policy", "embedded"], ["problems.train", "required"]),
+        (["evaluate", "--problems", "x", "--k", "one"], ["k (one)"]),
+        (["evaluate", "--problems", "x", "--n", "2", "--k", "4"], ["[4]", "n (2)"]),
+        (["evaluate", "--problems", "nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["sample", "--problems", "x"], ["output", "required"]),
+        (["verify", "--verifier", "math", "--input", "nowhere", "--output", "y"], ["nowhere"]),
+        (["verify", "--verifier", "nope", "--input", "nowhere", "--output", "y"], ["nope"]),
+        (["report", "/nowhere"], ["/nowhere"]),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(words, named, restem):
+    check_line(restem(*words), named, words[0])
+
+
+def test_an_unknown_verb_is_answered_with_the_verbs(restem):
+    check_line(restem("train"), VERBS, "train")
+
+
+@pytest.mark.parametrize("text", ["sampling: [1", "sampling: {m: 3}", "unknown: 1", "- a\n- b\n"])
+def test_a_bad_config_is_one_line(text, restem, tmp_path):
+    (tmp_path / "bad.yaml").write_text(text)
+    check_line(restem("fit", "--config", tmp_path / "bad.yaml"), [])
+
+
+def test_a_policy_without_tokenizer_is_one_line(restem, fit_words, tmp_path):
+    shutil.copytree(EMBEDDED_POLICY, tmp_path / "p", ignore=shutil.ignore_patterns("tokenizer*"))
+    result = restem(*fit_words(tmp_path / "run", policy=tmp_path / "p"))
+    check_line(result, [str(tmp_path / "p"), "tokenizer"])
+
+
+def test_problems_without_reference_answers_are_one_line(restem, fit_words, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"problem_id": "a", "question": "What?"}\n')
+    changes = {"problems.train": source(JSONL, path=str(tmp_path / "p.jsonl")), "verifier": "math"}
+    result = restem(*fit_words(tmp_path / "run", **changes))
+    check_line(result, ["problems.train", "reference"])
+
+
+def test_a_run_dir_that_cannot_be_written_is_one_line(restem, fit_words, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = restem(*fit_words(tmp_path / "file" / "run"))
+    check_line(result, ["run_dir", str(tmp_path / "file" / "run")])
+
+
+def test_an_empty_accepted_dataset_is_one_line_and_stays_one(
+    restem, fit_words, tmp_path, python_file
+):
+    verifier = source("callable", function=python_file("return text == problem.reference_solution"))
+    changes = {"verifier": verifier, "sampling.max_new_tokens": 1}
+    for _ in range(2):
+        result = restem(*fit_words(tmp_path / "run", **changes))
+        check_line(result, ["accepted dataset is empty", "truncated", "sampling.max_new_tokens"])
+
+
+def test_a_verifier_that_fails_on_every_reference_is_one_line(
+    restem, fit_words, tmp_path, python_file
+):
+    verifier = source("callable", function=python_file("raise RuntimeError('out of order')"))
+    result = restem(*fit_words(tmp_path / "run", verifier=verifier))
+    check_line(result, ["problems.train", "ERROR", "out of order"])
+
+
+def test_a_verifier_that_fails_on_completions_stops_the_run(
+    restem, fit_words, tmp_path, python_file
+):
+    body = "return text == problem.reference_solution or 1 / 0"
+    verifier = source("callable", function=python_file(body))
+    changes = {"verifier": verifier, "problems.train.init_args.num": 80, "evaluation.n": 0}
+    result = restem(*fit_words(tmp_path / "run", **changes))
+    check_line(result, ["verifier is broken", "ZeroDivisionError", "max_error_rate"])

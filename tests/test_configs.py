@@ -1,0 +1,74 @@
+from pathlib import Path
+
+import jsonargparse
+import pytest
+import yaml
+
+# LightningCLI warns of words given beside those of pytest's own command line.
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args")
+ROOT = Path(__file__).parent.parent
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def parse(*words):
+    from restem_lightning.fit import make_cli
+
+    return make_cli([str(word) for word in words])
+
+
+def words_for(config):
+    """An overlay names no problems of its own kind and stands behind the config that it changes."""
+    settings = yaml.safe_load(config.read_text())
+    is_whole = (
+        "class_path" in settings.get("problems", {}).get("train", {}) and "policy" in settings
+    )
+    return ["--config", config] if is_whole else ["--config", QUICKSTART, "--config", config]
+
+
+@pytest.mark.parametrize(
+    "config", [c for c in CONFIGS if "sweeps" not in c.parts], ids=lambda c: c.stem
+)
+def test_every_config_parses_and_resolves(config):
+    cli = parse(*words_for(config))
+    settings = cli.settings()
+    assert settings["problems"]["train"]["class_path"].startswith("restem_lightning.")
+    assert "run_dir" not in settings
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.stem)
+def test_every_config_begins_with_its_purpose(config):
+    assert config.read_text().startswith("# ")
+
+
+def test_the_quickstart_is_what_other_tests_and_the_documents_call_it():
+    cli = parse("--config", QUICKSTART)
+    assert cli.config.run_dir == "runs/quickstart"
+    assert list(cli.config.problems.held_out) == ["held_out"]
+
+
+@pytest.mark.parametrize("text", ["samplings: {n: 3}", "sampling: {m: 3}", "trainer: {epochs: 3}"])
+def test_an_unknown_key_in_a_config_is_refused(text, tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(text)
+    with pytest.raises(jsonargparse.ArgumentError):
+        parse("--config", QUICKSTART, "--config", overlay)
+
+
+def test_a_later_config_and_the_command_line_win(tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("sampling: {n: 3}\nverifier: {class_path: procedural}")
+    cli = parse("--config", QUICKSTART, "--config", overlay, "--sampling.top_k", 7)
+    assert cli.config.sampling.n == 3
+    assert cli.config.sampling.top_k == 7
+    assert cli.config.verifier == {"class_path": "procedural"}
+    assert (
+        cli.config.sampling.temperature == parse("--config", QUICKSTART).config.sampling.temperature
+    )
+
+
+def test_shared_values_are_linked_to_where_they_are_needed():
+    cli = parse("--config", QUICKSTART, "--policy", "some/folder", "--seed_everything", 5)
+    assert cli.config.model.policy == "some/folder"
+    assert cli.config.data.seed == 5
+    assert cli.settings()["seed"] == 5
