@@ -40,7 +40,8 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"restem {verb}: error: {' '.join(lines)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\nrestem {verb}: stopped", file=sys.stderr)
+        again = "" if verb == "verify" else "; the same command goes on"
+        print(f"\nrestem {verb}: stopped{again}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -70,41 +70,47 @@ def main() -> None:
     )
     options, words = parser.parse_known_args()
     folder = Path(options.work_dir or tempfile.mkdtemp(prefix="restem-kill-"))
+    if folder.exists() and any(folder.iterdir()):
+        parser.error(f"--work_dir ({folder}) must be a new or an empty folder")
     settings = [word for key, value in TINY.items() for word in (f"--{key}", str(value))]
     command = [
         *(sys.executable, "-m", "restem_lightning", "fit", "--config", str(options.config)),
         *settings,
         *words,
     ]
-    rng = random.Random(options.seed)
     begin_s, end_s = _uninterrupted(command, folder / "whole")
     print(f"uninterrupted: {end_s:.1f} s, of which {begin_s:.1f} s before its folder is there")
-    moments = _moments(rng, options.kills, begin_s, end_s)
+    moments = _moments(random.Random(options.seed), options.kills, begin_s, end_s)
     runs = [
-        moments[first :: -(-options.kills // options.per_run)]
-        for first in range(-(-options.kills // options.per_run))
+        moments[first : first + options.per_run]
+        for first in range(0, options.kills, options.per_run)
     ]
+
+    def run(number: int) -> Outcome:
+        return _killed(command, folder / f"killed_{number}", runs[number], folder / "whole")
+
+    print(f"\n{'run':>4}{'moment':>9}   {'killed in':30}equal")
+    outcomes = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        outcomes = list(
-            pool.map(
-                lambda job: _killed(command, folder / f"killed_{job[0]}", job[1], folder / "whole"),
-                enumerate(runs),
-            )
-        )
-    print(f"\n{'moment':>8}  {'killed in':28}equal")
-    for outcome in outcomes:
-        for number, (moment, stage) in enumerate(outcome.kills):
-            is_last = number == len(outcome.kills) - 1
-            verdict = ("yes" if not outcome.differences else "NO") if is_last else "resumed, then"
-            print(f"{moment:7.1f}s  {stage:28}{verdict}")
-        for difference in outcome.differences:
-            print(f"{'':10}{difference}")
+        for number, outcome in enumerate(pool.map(run, range(len(runs)))):
+            outcomes.append(outcome)
+            _show(number, outcome)
     num_equal = sum(not outcome.differences for outcome in outcomes)
     num_kills = sum(len(outcome.kills) for outcome in outcomes)
     print(f"\n{num_equal} of {len(outcomes)} runs equal after {num_kills} kills")
     if not options.work_dir:
         shutil.rmtree(folder)
     sys.exit(num_equal < len(outcomes))
+
+
+def _show(number: int, outcome: Outcome) -> None:
+    """Prints the rows of one run; its last row says whether it is equal."""
+    verdict = "NO: " + "; ".join(outcome.differences) if outcome.differences else "yes"
+    if not outcome.kills:
+        print(f"{number:4}{'-':>9}   {'not killed: it was faster':30}{verdict}", flush=True)
+    for place, (moment, stage) in enumerate(outcome.kills, start=1):
+        is_last = place == len(outcome.kills)
+        print(f"{number:4}{moment:8.1f}s   {stage:30}{verdict if is_last else ''}", flush=True)
 
 
 def _moments(rng: random.Random, num: int, begin_s: float, end_s: float) -> list[float]:

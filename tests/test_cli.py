@@ -107,14 +107,8 @@ def test_sample_draws_verifies_and_selects_and_draws_nothing_twice(
     words = [
         *("sample", "--policy", EMBEDDED_POLICY, "--problems", problems),
         *("--output", tmp_path / "out", "--sampling.n", 3, "--selection.max_per_problem", 2),
-        *("--verifier", python_file("return len(text) % 2 == 0"), *SMALL),
+        *("--verifier", source("callable", function=python_file("return True")), *SMALL),
     ]
-    first = restem(*words)
-    assert (first.code, first.err) == (2, first.err)
-    assert "class path" in first.err or "no verifier" in first.err
-    words[words.index("--verifier") + 1] = json.dumps(
-        {"class_path": "callable", "init_args": {"function": python_file("return True")}}
-    )
     first = restem(*words)
     assert (first.code, first.err) == (0, "")
     store = CompletionStore(tmp_path / "out" / "completions")
@@ -212,6 +206,7 @@ def refusals():
     yield "quota", {"selection.max_per_problem": 9}, ["max_per_problem (9)", "sampling.n (4)"]
     yield "overlap", {"problems.held_out.held_out.init_args.split": "train"}, ["train", "held_out"]
     yield "unknown verifier", {"verifier": "maths"}, ["verifier (maths)", "math, procedural"]
+    yield "function for a class", {"verifier": "os.path.join"}, ["os.path.join"]
     yield "verifier's argument", {"verifier": source("math", foo=1)}, ["foo", "init_args"]
     yield (
         "stop rule without D_val",
@@ -284,7 +279,8 @@ def test_a_policy_without_tokenizer_is_one_line(restem, fit_words, tmp_path):
 
 def test_problems_without_reference_answers_are_one_line(restem, fit_words, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"problem_id": "a", "question": "What?"}\n')
-    changes = {"problems.train": source(JSONL, path=str(tmp_path / "p.jsonl")), "verifier": "math"}
+    unanswered = source(JSONL, path=str(tmp_path / "p.jsonl"), split=None, num=None)
+    changes = {"problems.train": unanswered, "verifier": "math"}
     result = restem(*fit_words(tmp_path / "run", **changes))
     check_line(result, ["problems.train", "reference"])
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -20,6 +19,7 @@ from restem_lightning.completions import CompletionStore
 from restem_lightning.errors import UserError
 from restem_lightning.loop.e_step import EStepParams, Policy, fill_store, load_policy
 from restem_lightning.loop.evaluate import EvaluationParams, draw_evaluation, measure, total_reward
+from restem_lightning.loop.ranks import barrier, is_rank_zero, rank_and_count
 from restem_lightning.loop.tracking import Tracker
 from restem_lightning.m_step.export import export_policy, load_best
 from restem_lightning.problems import Problem
@@ -119,6 +119,7 @@ class ReSTEMCallback(Callback):
         funnel = read_json(self.paths.funnel)
         if funnel["accepted"] == 0:
             raise UserError(f"the accepted dataset is empty: {empty_reason(funnel)}")
+        check_interval(trainer, -(-funnel["accepted"] // trainer.datamodule.batch_size))
         trainer.datamodule.accepted = str(self.paths.accepted)
         self.watch = _Stopwatch(self.paths, "m_step")
 
@@ -139,7 +140,7 @@ class ReSTEMCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Measures the new policy and finishes the iteration."""
-        if not self.paths.policy.exists():  # resumed behind the last optimizer step
+        if not self.paths.policy.exists():  # resumed at trainer.max_steps: no on_train_end then
             self._export(trainer, pl_module)
         pl_module.model = None
         release_memory()
@@ -211,7 +212,7 @@ class ReSTEMCallback(Callback):
         sampler.update_weights(live_weights(pl_module.model))
         if sampler.checksum() != checksum(live_weights(pl_module.model), sampler.dtype):
             raise RuntimeError("the sampler does not hold the weights that are being trained")
-        rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+        rank, num_ranks = rank_and_count()
         share = loop.validation[rank::num_ranks]
         total = torch.zeros(1, dtype=torch.float64, device=pl_module.device)
         if share:
@@ -234,9 +235,6 @@ class ReSTEMCallback(Callback):
                 "the M-step ended before its first look at D_val; lower trainer.val_check_interval "
                 f"({trainer.val_check_interval}) or set stop.rule to none"
             )
-        if best is not None:
-            load_best(pl_module, best.best_model_path)
-        export_policy(pl_module, self.paths.policy, source_policy=pl_module.policy)
         if is_rank_zero():
             step, reward = max(self.val_rewards, key=lambda pair: pair[1], default=(None, None))
             record = {
@@ -246,6 +244,9 @@ class ReSTEMCallback(Callback):
                 "val_rewards": [list(pair) for pair in self.val_rewards],
             }
             write_json(self.paths.m_step / "m_step.json", record)
+        if best is not None:
+            load_best(pl_module, best.best_model_path)
+        export_policy(pl_module, self.paths.policy, source_policy=pl_module.policy)
 
     def _measure(self, iteration: int, policy: Policy) -> None:
         """Evaluates a policy on every set and writes the iteration's metrics, then its manifest."""
@@ -299,6 +300,21 @@ class ReSTEMCallback(Callback):
             _remove_checkpoints(paths.m_step)
 
 
+def check_interval(trainer: Trainer, num_steps: int) -> None:
+    """Checks that an epoch of num_steps optimizer steps is long enough for a look at D_val.
+
+    Raises:
+        UserError: the first look would come after the end of the epoch.
+    """
+    every = trainer.val_check_interval
+    if isinstance(every, int) and trainer.check_val_every_n_epoch and every > num_steps:
+        raise UserError(
+            f"trainer.val_check_interval ({every}) must be at most the {num_steps} optimizer steps "
+            "of an epoch; lower it, give a share such as 0.5, or set "
+            "trainer.check_val_every_n_epoch to null to count across epochs"
+        )
+
+
 def live_weights(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yields each parameter by name as a whole tensor; every rank must go through all of them."""
     for name, parameter in model.named_parameters():
@@ -311,22 +327,6 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def is_distributed() -> bool:
-    """Returns whether several ranks are connected."""
-    return dist.is_available() and dist.is_initialized()
-
-
-def is_rank_zero() -> bool:
-    """Returns whether this is the rank that writes."""
-    return rank_zero_only.rank == 0
-
-
-def barrier() -> None:
-    """Waits for the other ranks, if there are any."""
-    if is_distributed():
-        dist.barrier()
 
 
 class _Stopwatch:

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from restem_lightning.completions import Completion, CompletionStore, VerdictKind
 from restem_lightning.errors import UserError
+from restem_lightning.loop.ranks import is_distributed, is_rank_zero
 from restem_lightning.m_step.export import policy_hash
 from restem_lightning.problems import Problem
 from restem_lightning.prompts import PromptTemplate, encode_prompt, template_hash
@@ -258,7 +259,7 @@ def fill_store(
     size = e_step.problems_per_part
     parts = [problems[first : first + size] for first in range(0, len(problems), size)]
     part_of = {p.problem_id: number for number, part in enumerate(parts) for p in part}
-    if _is_rank_zero():
+    if is_rank_zero():
         store.check_key(
             pool_key(
                 policy=policy, template=template, verifiers=verifiers, params=params,
@@ -310,7 +311,7 @@ class _Bar(tqdm):
             desc=title,
             total=total,
             unit="completion",
-            disable=not _is_rank_zero(),
+            disable=not is_rank_zero(),
             mininterval=every_s,
             maxinterval=max(every_s, 10.0),
             delay=0.0 if self._is_bar else every_s,
@@ -327,17 +328,13 @@ class _Bar(tqdm):
 
 def claims(name: str, num_parts: int) -> Iterator[int]:
     """Yields the parts that this rank works on, one at a time, each part to one rank only."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_distributed():
         yield from range(num_parts)
         return
     # The process group's own store; torch has no public name for it.
     store = dist.distributed_c10d._get_default_store()
     while (number := store.add(f"restem/{name}", 1) - 1) < num_parts:
         yield number
-
-
-def _is_rank_zero() -> bool:
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def prepare_problems(

@@ -1,5 +1,6 @@
 """A run killed anywhere ends like one that was never interrupted."""
 
+import json
 import shutil
 
 import pytest
@@ -47,6 +48,21 @@ def test_a_kill_in_the_m_step_changes_nothing(
     resume(run)
     for iteration in (1, 2):
         assert outcome(run, iteration) == outcome(finished, iteration)
+
+
+@pytest.mark.parametrize("moment", ["train_end", "fit_end"])
+def test_a_kill_behind_the_last_optimizer_step_allowed_changes_nothing(
+    moment, restem, fit_words, outcome, tmp_path
+):
+    snapshots = {"class_path": "tests.loop.snapshots.Snapshots"}
+    snapshots["init_args"] = {"folder": str(tmp_path / "snapshots")}
+    changes = {"trainer.max_steps": 2, "stop.rule": "none", "evaluation.n": 0}
+    changes["trainer.callbacks"] = json.dumps([snapshots])
+    whole = RunDir(tmp_path / "whole")
+    killed = RunDir(tmp_path / "snapshots" / f"iteration_1_{moment}")
+    for run in (whole, killed):
+        assert restem(*fit_words(run.path, **changes)).code == 0
+    assert outcome(killed, 1) == outcome(whole, 1)
 
 
 @pytest.mark.parametrize("until", ["manifest", "metrics", "evaluation", "funnel", "accepted"])

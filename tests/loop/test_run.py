@@ -230,3 +230,21 @@ def test_no_library_chatter_reaches_the_screen(restem, fit_words, tmp_path):
     assert lines[2].startswith("iteration 1: held_out greedy_pass@1 ")
     assert lines[3].split()[:2] == ["iteration", "greedy"]
     assert [line.split()[0] for line in lines[4:]] == ["0", "1", "report", "policy"]
+
+
+def test_a_look_at_d_val_that_would_never_come_is_one_line(restem, fit_words, tmp_path):
+    words = fit_words(tmp_path / "run", **{"trainer.val_check_interval": 1000, "evaluation.n": 0})
+    result = restem(*words)
+    assert result.code == 2
+    assert result.err.count("\n") == 1
+    assert "trainer.val_check_interval (1000) must be at most the " in result.err
+
+
+def test_a_run_needs_neither_d_val_nor_held_out_sets(restem, fit_words, tmp_path):
+    changes = {"problems.validation": "null", "problems.held_out": "{}", "stop.rule": "none"}
+    result = restem(*fit_words(tmp_path / "run", **changes))
+    assert (result.code, result.err) == (0, "")
+    metrics = read_json(RunDir(tmp_path / "run").iteration(1).metrics)
+    assert metrics["evaluation"] == {}
+    assert metrics["m_step"]["best_val_reward"] is None
+    assert metrics["m_step"]["optimizer_steps"] > 0

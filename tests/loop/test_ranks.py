@@ -1,0 +1,50 @@
+"""Two ranks do what one does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from restem_lightning.completions import CompletionStore
+from restem_lightning.run_dir import RunDir, read_json
+from restem_lightning.settings import EMBEDDED_POLICY
+
+ROOT = Path(__file__).parents[2]
+FSDP = {
+    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+    "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
+}
+
+
+def test_two_ranks_accept_the_same_completions_and_train_the_same_policy(
+    finished, fit_words, tmp_path
+):
+    changes = {"trainer.strategy": json.dumps(FSDP), "trainer.devices": 2}
+    words = fit_words(tmp_path / "run", **changes)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "restem_lightning", *words],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = finished.iteration(1), RunDir(tmp_path / "run").iteration(1)
+    assert two.accepted.read_bytes() == one.accepted.read_bytes()
+    columns = ["problem_id", "completion_index", "completion_ids", "logprobs", "verdict"]
+    pools = [CompletionStore(paths.completions).read(columns) for paths in (one, two)]
+    assert pools[0].to_pylist() == pools[1].to_pylist()
+    steps = [read_json(paths.metrics)["m_step"] for paths in (one, two)]
+    assert steps[0] == steps[1]
+    folders = (EMBEDDED_POLICY, one.policy, two.policy)
+    base, first, second = (load_file(folder / "model.safetensors") for folder in folders)
+    for name, weights in first.items():
+        # Adam divides by the gradient's size, so rounding shows where that is almost 0.
+        assert (second[name] - weights).norm() < 1e-3 * (weights - base[name]).norm(), name
+    lines = [line for line in done.stdout.splitlines() if line.startswith("iteration")]
+    assert len(lines) == 4  # one rank alone reports
