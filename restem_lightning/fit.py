@@ -189,39 +189,47 @@ def fit(words: list[str]) -> None:
     """
     cli = make_cli(words)
     run = RunDir(cli.config.run_dir)
-    with _stopping(run, command=shlex.join(["restem", "fit", *words])):
+    with _stopping(run, command=shlex.join(["restem", "fit", *words])) as stop:
         try:
-            _run(cli, run)
+            _run(cli, run, stop)
         except MisconfigurationException as error:
             raise UserError(f"trainer: {error}") from error
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, on the way of Ctrl-C."""
+class _Stop:
+    """Raises KeyboardInterrupt at a signal, and again at `check` if that was lost on its way."""
 
+    def __init__(self) -> None:
+        self.signum: int | None = None
 
-def _terminate(*_: Any) -> None:
-    raise _Terminated
+    def __call__(self, signum: int, _: Any) -> None:
+        self.signum = signum
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Called where a stop loses nothing: native code can swallow what a handler raises."""
+        if self.signum is not None:
+            raise KeyboardInterrupt
 
 
 @contextmanager
-def _stopping(run: RunDir, *, command: str) -> Iterator[None]:
+def _stopping(run: RunDir, *, command: str) -> Iterator[_Stop]:
     """Ends the process at Ctrl-C or SIGTERM with a line that says what is saved."""
-    is_main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGTERM, _terminate) if is_main_thread else None
+    stop, before = _Stop(), {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, stop)
     try:
-        yield
-    except (KeyboardInterrupt, SystemExit) as stop:
-        # Lightning turns a KeyboardInterrupt into SystemExit(1).
-        cause = stop if isinstance(stop, KeyboardInterrupt) else stop.__context__
-        if not isinstance(cause, KeyboardInterrupt):
+        yield stop
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns the one into the other
+        if stop.signum is None:
             raise
         if rank_zero_only.rank == 0:
             print(f"\nrestem fit: stopped; {_saved(run)}; go on with: {command}", file=sys.stderr)
-        sys.exit(143 if isinstance(cause, _Terminated) else 130)
+        sys.exit(128 + stop.signum)
     finally:
-        if is_main_thread:
-            signal.signal(signal.SIGTERM, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _saved(run: RunDir) -> str:
@@ -242,7 +250,7 @@ def _saved(run: RunDir) -> str:
     return f"{run.path} keeps {' and '.join(saved)}"
 
 
-def _run(cli: ReSTEMCLI, run: RunDir) -> None:
+def _run(cli: ReSTEMCLI, run: RunDir, stop: _Stop) -> None:
     config = cli.config
     made = cli.build()
     _check_settings(config, made, run)
@@ -257,7 +265,7 @@ def _run(cli: ReSTEMCLI, run: RunDir) -> None:
         with Tracker(made.tracking, run, settings) as tracker:
             loop = _make_loop(
                 made, problems, run=run, base=base, seed=settings["seed"], verifiers=verifiers,
-                tracker=tracker,
+                tracker=tracker, stop=stop,
             )  # fmt: skip
             for iteration in range(run.resume_iteration(), config.iterations + 1):
                 _fit_iteration(cli, loop, iteration)
@@ -316,6 +324,7 @@ def _make_loop(
     seed: int,
     verifiers: VerifierPool,
     tracker: Tracker,
+    stop: _Stop,
 ) -> Loop:
     """Puts together what the iterations share."""
     return Loop(
@@ -334,6 +343,7 @@ def _make_loop(
         selection=made.selection,
         evaluation=made.evaluation,
         tracker=tracker,
+        check_stop=stop.check,
     )
 
 

@@ -27,7 +27,7 @@ PROMPT = "Q: {question}\nA:\n"
 EOS = "<|end|>"
 SLIP, SKIP, ADD = 0.1, 0.03, 0.08  # chances per calculation, change and subtraction
 PARTS = (  # optimizer steps, peak learning rate, chance of a guess by the number of changes
-    (1750, 3e-3, {2: 0.15, 3: 0.15, 4: 0.15}),
+    (2500, 3e-3, {2: 0.15, 3: 0.15, 4: 0.15}),
     (400, 1e-3, {2: 0.05, 3: 0.55, 4: 0.65}),
 )
 BUCKET = 16  # batches that are sorted by length together, so that little is padding

@@ -4,7 +4,7 @@ import gc
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ class Loop:
         selection: which completions are accepted.
         evaluation: how policies are measured.
         tracker: sends metrics to where they are watched.
+        check_stop: raises if the run is to stop; called where nothing is lost.
     """
 
     run: RunDir
@@ -76,6 +77,7 @@ class Loop:
     selection: SelectionParams
     evaluation: EvaluationParams
     tracker: Tracker
+    check_stop: Callable[[], None]
 
     def draw(self, policy: Policy) -> dict[str, Any]:
         """Returns the arguments that every sampling stage of this run shares."""
@@ -107,6 +109,7 @@ class ReSTEMCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The E-step: here ranks are connected and no training weights are in memory yet."""
+        self.loop.check_stop()
         base_is_measured = self.loop.run.iteration(0).metrics.exists()
         if not (self.paths.funnel.exists() and base_is_measured):
             policy = load_policy(self.sampler_policy, self.loop.engine)
@@ -122,6 +125,12 @@ class ReSTEMCallback(Callback):
         check_interval(trainer, -(-funnel["accepted"] // trainer.datamodule.batch_size))
         trainer.datamodule.accepted = str(self.paths.accepted)
         self.watch = _Stopwatch(self.paths, "m_step")
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Stops before the next optimizer step if a signal asked for it."""
+        self.loop.check_stop()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the reward on D_val with the current weights, for the stop rule."""
@@ -172,6 +181,11 @@ class ReSTEMCallback(Callback):
         """Draws, verifies and selects; writes accepted.parquet, then funnel.json."""
         loop, store = self.loop, CompletionStore(self.paths.completions)
         watch = _Stopwatch(self.paths, "e_step")
+
+        def on_part() -> None:
+            watch.lap()
+            loop.check_stop()
+
         fill_store(
             store,
             loop.train,
@@ -180,7 +194,7 @@ class ReSTEMCallback(Callback):
             e_step=loop.e_step,
             iteration=self.iteration,
             show=f"E-step {self.iteration}",
-            on_part=watch.lap,
+            on_part=on_part,
         )
         barrier()
         watch.lap()

@@ -4,7 +4,7 @@
     python scripts/benchmarks/bench_sampler.py --quickstart
     python scripts/benchmarks/bench_sampler.py --quick
 
-With --policy: prompts of about 115 tokens (one example, then a question), 32 completions each of
+Only one model is in memory at a time. With --policy: prompts of about 115 tokens (one example, then a question), 32 completions each of
 exactly 128 tokens (EOS is ignored, so that all do equal work), temperature 0.7, top-k 40; a batch
 of 64 is two such prompts, one of 128 four. With --quickstart: a tiny random model writes 300 x 8
 completions of up to 60 tokens. Both append to results/bench_sampler.jsonl; --quick only shows in
@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from restem_lightning.sampler import EngineParams, Request, Sampler, SamplingParams
 
+# Name, arguments, and what loads a model and returns a function that runs once.
+Case = tuple[str, dict, Callable[[], Callable[[], int]]]
 EXAMPLE = """Question: A baker fills 4 trays with 12 rolls each and sells 30 of them before noon. \
 How many rolls are left?
 Answer: There are 4 * 12 = 48 rolls. After noon 48 - 30 = 18 are left. #### 18
@@ -112,27 +115,33 @@ def transformers_generate(
 
 
 def gsm8k_cases(
-    folder: Path, policy: Path | None, *, n: int, max_new_tokens: int, batches: list[int]
-) -> Iterator[tuple[str, dict, Callable[[], int]]]:
-    """Yields the cases of the first workload: name, arguments, function."""
+    folder: Path,
+    policy: Path | None,
+    *,
+    n: int,
+    max_new_tokens: int,
+    batches: list[int],
+    dtypes: list[str],
+) -> Iterator[Case]:
+    """Yields the cases of the first workload."""
     params = SamplingParams(n=n, max_new_tokens=max_new_tokens)
     all_ids = prompts(policy)
     common = {"model": policy.name if policy else "tiny", "prompt_tokens": len(all_ids[0])}
     common |= {"n": n, "new_tokens": max_new_tokens, "temperature": 0.7, "top_k": 40}
-    for dtype in ("bfloat16", "float32"):
-        run = transformers_generate(folder, all_ids[0], params, dtype)
-        yield "transformers generate", common | {"dtype": dtype, "batch": n}, run
+    for dtype in dtypes:
+        build = partial(transformers_generate, folder, all_ids[0], params, dtype)
+        yield "transformers generate", common | {"dtype": dtype, "batch": n}, build
         for batch in batches:
             requests = [
                 Request(request_id=str(index), prompt_ids=ids, indices=tuple(range(n)))
                 for index, ids in enumerate(all_ids[: max(1, batch // n)])
             ]
-            engine = EngineParams(dtype=dtype, max_batch_size=batch, cache_tokens=128 * 256)
-            run = ours(folder, requests, params, engine, eos=False)
-            yield "Sampler", common | {"dtype": dtype, "batch": batch}, run
+            engine = EngineParams(dtype=dtype, max_batch_size=batch, cache_tokens=256 * batch)
+            build = partial(ours, folder, requests, params, engine, eos=False)
+            yield "Sampler", common | {"dtype": dtype, "batch": batch}, build
 
 
-def quickstart_cases(folder: Path) -> Iterator[tuple[str, dict, Callable[[], int]]]:
+def quickstart_cases(folder: Path) -> Iterator[Case]:
     """Yields the cases of the second workload."""
     generator = torch.Generator().manual_seed(0)
     requests = [
@@ -148,8 +157,15 @@ def quickstart_cases(folder: Path) -> Iterator[tuple[str, dict, Callable[[], int
     params = SamplingParams(n=8, temperature=1.0, top_k=0, max_new_tokens=60)
     for batch in (64, 128, 256):
         engine = EngineParams(dtype="float32", max_batch_size=batch)
-        run = ours(folder, requests, params, engine, eos=True)
-        yield "Sampler quickstart", {"model": "tiny", "dtype": "float32", "batch": batch}, run
+        build = partial(ours, folder, requests, params, engine, eos=True)
+        yield "Sampler quickstart", {"model": "tiny", "dtype": "float32", "batch": batch}, build
+
+
+def measure(build: Callable[[], Callable[[], int]]) -> float:
+    """Returns the tokens per second of one run; loading is not timed, the model goes afterwards."""
+    run = build()
+    start = time.perf_counter()
+    return run() / (time.perf_counter() - start)
 
 
 def main() -> None:
@@ -160,6 +176,7 @@ def main() -> None:
     parser.add_argument("--policy", type=Path, help="Hugging Face folder")
     parser.add_argument("--quick", action="store_true", help="tiny random model, nothing recorded")
     parser.add_argument("--quickstart", action="store_true", help="the workload of the quickstart")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="more only on an idle machine")
@@ -174,18 +191,32 @@ def main() -> None:
         if arguments.quickstart:
             cases = list(quickstart_cases(folder))
         elif arguments.quick:
-            cases = list(gsm8k_cases(folder, None, n=4, max_new_tokens=8, batches=[32]))
+            cases = list(
+                gsm8k_cases(
+                    folder,
+                    None,
+                    n=4,
+                    max_new_tokens=8,
+                    batches=[32],
+                    dtypes=arguments.dtypes,
+                )
+            )
         else:
             cases = list(
                 gsm8k_cases(
-                    folder, arguments.policy, n=32, max_new_tokens=128, batches=arguments.batches
+                    folder,
+                    arguments.policy,
+                    n=32,
+                    max_new_tokens=128,
+                    batches=arguments.batches,
+                    dtypes=arguments.dtypes,
                 )
             )
         speeds: list[list[float]] = [[] for _ in cases]
         for _ in range(arguments.repeats):
-            for speed, (*_, run) in zip(speeds, cases, strict=True):
-                start = time.perf_counter()
-                speed.append(run() / (time.perf_counter() - start))
+            for speed, (case, settings, build) in zip(speeds, cases, strict=True):
+                speed.append(measure(build))
+                print(f"... {case} {settings['dtype']} {settings['batch']}: {speed[-1]:.0f}")
     baseline = max(speeds[0])
     for speed, (case, settings, _) in zip(speeds, cases, strict=True):
         median, best = statistics.median(speed), max(speed)

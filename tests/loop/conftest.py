@@ -34,6 +34,17 @@ def finished(restem, fit_words, callbacks, tmp_path_factory) -> RunDir:
     return RunDir(folder)
 
 
+@pytest.fixture(scope="session")
+def tracked(restem, fit_words, tmp_path_factory) -> RunDir:
+    """A run of one iteration, gone on with to a second, with W&B offline. Not to be changed."""
+    run = RunDir(tmp_path_factory.mktemp("tracked") / "run")
+    changes = {"tracking.wandb_project": "tests", "tracking.wandb_mode": "offline"}
+    for iterations in (1, 2):
+        result = restem(*fit_words(run.path, iterations=iterations, **changes))
+        assert result.code == 0, result.err
+    return run
+
+
 @pytest.fixture
 def copy_of(tmp_path) -> Callable[[Path], RunDir]:
     """Returns a copy of a run folder that a test may change."""

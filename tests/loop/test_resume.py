@@ -50,22 +50,23 @@ def test_a_kill_in_the_m_step_changes_nothing(
         assert outcome(run, iteration) == outcome(finished, iteration)
 
 
-@pytest.mark.parametrize("moment", ["train_end", "fit_end"])
 def test_a_kill_behind_the_last_optimizer_step_allowed_changes_nothing(
-    moment, restem, fit_words, outcome, tmp_path
+    restem, fit_words, outcome, tmp_path
 ):
-    snapshots = {"class_path": "tests.loop.snapshots.Snapshots"}
-    snapshots["init_args"] = {"folder": str(tmp_path / "snapshots")}
+    callback = {"class_path": "tests.loop.snapshots.Snapshots"}
+    callback["init_args"] = {"folder": str(tmp_path)}
     changes = {"trainer.max_steps": 2, "stop.rule": "none", "evaluation.n": 0}
-    changes["trainer.callbacks"] = json.dumps([snapshots])
-    whole = RunDir(tmp_path / "whole")
-    killed = RunDir(tmp_path / "snapshots" / f"iteration_1_{moment}")
-    for run in (whole, killed):
+    changes["trainer.callbacks"] = json.dumps([callback])
+    whole, *killed = (
+        RunDir(tmp_path / name)
+        for name in ("whole", "iteration_1_train_end", "iteration_1_fit_end")
+    )
+    for run in (whole, *killed):
         assert restem(*fit_words(run.path, **changes)).code == 0
-    assert outcome(killed, 1) == outcome(whole, 1)
+        assert outcome(run, 1) == outcome(whole, 1)
 
 
-@pytest.mark.parametrize("until", ["manifest", "metrics", "evaluation", "funnel", "accepted"])
+@pytest.mark.parametrize("until", ["manifest", "metrics", "accepted"])
 def test_a_kill_between_stages_changes_nothing(until, finished, copy_of, resume, outcome):
     run = copy_of(finished.path)
     undo(run, 2, until=until)
@@ -73,7 +74,7 @@ def test_a_kill_between_stages_changes_nothing(until, finished, copy_of, resume,
     assert outcome(run, 2) == outcome(finished, 2)
 
 
-@pytest.mark.parametrize("num_left", [0, 1, 3])
+@pytest.mark.parametrize("num_left", [1, 3])
 def test_a_kill_in_the_e_step_changes_nothing(num_left, finished, copy_of, resume, outcome):
     run = copy_of(finished.path)
     undo(run, 2, until="accepted")
@@ -97,12 +98,9 @@ def test_a_finished_run_does_nothing_more(finished, copy_of, resume):
     assert {path: path.stat().st_mtime_ns for path in run.path.glob("iteration_*/**/*")} == before
 
 
-def test_two_iterations_and_then_a_third_equal_three(finished, copy_of, resume, outcome, tmp_path):
-    run, whole = copy_of(finished.path), RunDir(tmp_path / "whole")
-    resume(run, iterations=3)
-    resume(whole, iterations=3)
-    for iteration in (1, 2, 3):
-        assert outcome(run, iteration) == outcome(whole, iteration)
+def test_one_iteration_and_then_another_equal_two(finished, tracked, outcome):
+    for iteration in (1, 2):
+        assert outcome(tracked, iteration) == outcome(finished, iteration)
 
 
 def test_seconds_go_on_counting_where_a_stage_was_stopped(finished, copy_of, resume):

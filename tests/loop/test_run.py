@@ -20,6 +20,14 @@ from restem_lightning.verifiers.base import load_object
 EASY = Path(__file__).with_name("easy_verifier.py")
 
 
+@pytest.fixture(scope="module")
+def quiet(restem, fit_words, tmp_path_factory):
+    """A run with another seed than `finished`, and what it printed."""
+    run = RunDir(tmp_path_factory.mktemp("quiet") / "run")
+    changes = {"seed_everything": 1, "trainer.max_epochs": 1}
+    return run, restem(*fit_words(run.path, **changes))
+
+
 def policy_that_sampled(run, iteration):
     return EMBEDDED_POLICY if iteration == 1 else run.iteration(iteration - 1).policy
 
@@ -198,10 +206,8 @@ def test_start_from_previous_trains_the_policy_before(restem, fit_words, tmp_pat
     assert first_train_loss(run, 2) == pytest.approx(expected, abs=1e-5)
 
 
-def test_another_seed_draws_other_completions(finished, restem, fit_words, tmp_path):
-    run = RunDir(tmp_path / "run")
-    words = fit_words(run.path, seed_everything=1, **{"trainer.max_epochs": 1})
-    assert restem(*words).code == 0
+def test_another_seed_draws_other_completions(finished, quiet):
+    run, _ = quiet
     pools = [
         CompletionStore(one.iteration(1).completions).read(["completion_ids"]).to_pylist()
         for one in (run, finished)
@@ -221,8 +227,8 @@ def test_the_screen_shows_funnel_results_table_and_paths(restem, fit_words, fini
     assert str(finished.iteration(2).policy) in result.out
 
 
-def test_no_library_chatter_reaches_the_screen(restem, fit_words, tmp_path):
-    result = restem(*fit_words(tmp_path / "run", **{"trainer.max_epochs": 1}))
+def test_no_library_chatter_reaches_the_screen(quiet):
+    _, result = quiet
     assert result.err == ""
     lines = [line for line in result.out.splitlines() if line.strip()]
     assert lines[0].startswith("iteration 0: held_out greedy_pass@1 ")

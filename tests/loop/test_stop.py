@@ -38,7 +38,7 @@ def test_a_stopped_run_says_what_is_saved_and_how_to_go_on(
 ):
     run = RunDir(tmp_path / "run")
     changes = {
-        "problems.train.init_args.num": 40,
+        "problems.train.init_args.num": 32,
         "e_step.problems_per_part": 2,
         "engine.max_batch_size": 32,
         "data.batch_size": 4,
@@ -58,6 +58,7 @@ def test_a_stopped_run_says_what_is_saved_and_how_to_go_on(
     end = time.monotonic() + 120
     while not moment(run) and process.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
+    assert process.poll() is None
     process.send_signal(signum)
     err = process.communicate(timeout=60)[1]
     assert process.returncode == code, err

@@ -9,7 +9,7 @@ from wandb.proto import wandb_internal_pb2
 
 from restem_lightning.errors import UserError
 from restem_lightning.loop.tracking import Tracker, TrackingParams
-from restem_lightning.run_dir import RunDir, open_run, read_json
+from restem_lightning.run_dir import open_run, read_json
 
 BLOCK, WHOLE, LAST = 32768, 1, 4
 
@@ -42,17 +42,6 @@ def history(file):
         for r in records(file)
         if r.WhichOneof("record_type") == "history"
     ]
-
-
-@pytest.fixture(scope="module")
-def tracked(restem, fit_words, tmp_path_factory):
-    """A run of one iteration, gone on with to a second, with W&B offline."""
-    run = RunDir(tmp_path_factory.mktemp("tracked") / "run")
-    changes = {"tracking.wandb_project": "tests", "tracking.wandb_mode": "offline"}
-    for iterations in (1, 2):
-        result = restem(*fit_words(run.path, iterations=iterations, **changes))
-        assert result.code == 0, result.err
-    return run
 
 
 def test_both_calls_write_to_one_run_below_the_run_folder(tracked):
