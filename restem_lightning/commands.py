@@ -22,7 +22,12 @@ def sample(words: list[str]) -> None:
     from restem_lightning.completions import CompletionStore
     from restem_lightning.loop.e_step import EStepParams, fill_store, prepare_problems
     from restem_lightning.run_dir import write_json
-    from restem_lightning.selection import SelectionParams, select_completions, write_accepted
+    from restem_lightning.selection import (
+        SelectionParams,
+        end_with_eos,
+        select_completions,
+        write_accepted,
+    )
 
     parser = _sampling_parser(
         "sample", "Draws and verifies completions of a policy: the E-step alone. Resumable."
@@ -38,10 +43,11 @@ def sample(words: list[str]) -> None:
         problems = prepare_problems(
             read_problems(made.problems), verifiers, name="problems", warn=_warn
         )
+        policy = _policy(made)
         fill_store(
             store,
             problems,
-            policy=_policy(made),
+            policy=policy,
             template=made.prompt,
             verifiers=verifiers,
             params=made.sampling,
@@ -51,7 +57,8 @@ def sample(words: list[str]) -> None:
             show="sample",
         )
     selection = select_completions(store, **asdict(made.selection))
-    write_accepted(output / "accepted.parquet", selection.accepted)
+    accepted = end_with_eos(selection.accepted, policy.sampler.eos_ids)
+    write_accepted(output / "accepted.parquet", accepted)
     write_json(output / "funnel.json", selection.funnel)
     print(json.dumps(selection.funnel))
     print(f"completions  {store.folder}\naccepted     {output / 'accepted.parquet'}")

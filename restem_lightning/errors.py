@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can mend; the command line prints it without a trace."""
+"""The exception for mistakes that a user can mend; the command line prints it without a trace."""
 
 
 class UserError(ValueError):

@@ -365,11 +365,7 @@ def _text(row: dict[str, Any], name: str, where: str) -> str:
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number, object) of a JSONL file, gzipped or not; blank lines are skipped.
-
-    Raises:
-        UserError: the file is missing or a line is not a JSON object.
-    """
+    """Yields (line number, object) of a JSONL file; UserError if it is missing or damaged."""
     if not path.is_file():
         raise UserError(f"{path} is not a file; give the path of a .jsonl or .jsonl.gz file")
     with open_file(path, "rb") as file:

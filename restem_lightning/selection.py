@@ -4,7 +4,7 @@ import hashlib
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Collection, Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -186,7 +186,7 @@ def empty_reason(funnel: dict[str, Any]) -> str:
 
 
 def end_with_eos(accepted: pa.Table, eos_ids: Collection[int]) -> pa.Table:
-    """Returns an accepted dataset in which every completion ends with EOS, so that training shows it.
+    """Returns an accepted dataset whose completions all end with EOS, so that training shows it.
 
     Completions that a stop string ended were cut before it and have no EOS of their own. The added
     EOS has no log-probability: `logprobs` stays as drawn.

@@ -83,7 +83,7 @@ def draw_problem(rng: random.Random) -> tuple[str, int, tuple[Step, ...]]:
 
 
 def work_out(count: int, steps: tuple[Step, ...]) -> list[tuple[int, str, int, int]]:
-    """Returns the calculations (left, operator, right, result) that lead from count to the answer."""
+    """Returns the calculations (left, operator, right, result) from count to the answer."""
     worked = []
     for step in steps:
         product = None

@@ -1,6 +1,6 @@
 """Kills a run at random moments, resumes it, and compares it with an uninterrupted one.
 
-    python scripts/kill_test.py --kills 20 --jobs 2
+    python scripts/kill_test.py --kills 20
 
 Words that this script does not know go to `restem fit`: other settings, other sizes. It exits with
 0 only if every killed run ends with the same accepted datasets, policies and metrics (times aside).
@@ -26,12 +26,12 @@ from restem_lightning.run_dir import TEMP_SUFFIX, RunDir, read_json, sha256_of
 ROOT = Path(__file__).parent.parent
 TINY = {
     "iterations": 2,
-    "problems.train.init_args.num": 150,
-    "problems.validation.init_args.num": 40,
-    "problems.held_out.held_out.init_args.num": 40,
+    "problems.train.init_args.num": 100,
+    "problems.validation.init_args.num": 24,
+    "problems.held_out.held_out.init_args.num": 24,
     "sampling.n": 4,
     "selection.max_per_problem": 4,
-    "e_step.problems_per_part": 16,
+    "e_step.problems_per_part": 10,
     "evaluation.n": 4,
     "evaluation.ks": "[1,4]",
     "data.batch_size": 8,
@@ -62,7 +62,7 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs in total (default 20)")
     parser.add_argument("--per_run", type=int, default=2, help="SIGKILLs in one run (default 2)")
-    parser.add_argument("--jobs", type=int, default=1, help="killed runs at a time (default 1)")
+    parser.add_argument("--jobs", type=int, default=2, help="killed runs at a time (default 2)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     parser.add_argument("--config", default=ROOT / "configs" / "quickstart.yaml", help="run's YAML")
     parser.add_argument(
@@ -89,7 +89,7 @@ def main() -> None:
     def run(number: int) -> Outcome:
         return _killed(command, folder / f"killed_{number}", runs[number], folder / "whole")
 
-    print(f"\n{'run':>4}{'moment':>9}   {'killed in':30}equal")
+    print(f"\n{'run':>4}{'moment':>9}   {'killed in':32}equal")
     outcomes = []
     with ThreadPoolExecutor(options.jobs) as pool:
         for number, outcome in enumerate(pool.map(run, range(len(runs)))):
@@ -107,10 +107,10 @@ def _show(number: int, outcome: Outcome) -> None:
     """Prints the rows of one run; its last row says whether it is equal."""
     verdict = "NO: " + "; ".join(outcome.differences) if outcome.differences else "yes"
     if not outcome.kills:
-        print(f"{number:4}{'-':>9}   {'not killed: it was faster':30}{verdict}", flush=True)
+        print(f"{number:4}{'-':>9}   {'not killed: it was faster':32}{verdict}", flush=True)
     for place, (moment, stage) in enumerate(outcome.kills, start=1):
         is_last = place == len(outcome.kills)
-        print(f"{number:4}{moment:8.1f}s   {stage:30}{verdict if is_last else ''}", flush=True)
+        print(f"{number:4}{moment:8.1f}s   {stage:32}{verdict if is_last else ''}", flush=True)
 
 
 def _moments(rng: random.Random, num: int, begin_s: float, end_s: float) -> list[float]:
@@ -127,6 +127,7 @@ def _start(command: list[str], run_dir: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [*command, "--run_dir", str(run_dir)],
             cwd=ROOT,
+            env={"OMP_NUM_THREADS": "1", **os.environ},
             stdout=log,
             stderr=log,
             start_new_session=True,

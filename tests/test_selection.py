@@ -16,6 +16,7 @@ from restem_lightning.selection import (
     ACCEPTED_SCHEMA,
     SelectionParams,
     empty_reason,
+    end_with_eos,
     equations,
     read_accepted,
     select_completions,
@@ -296,3 +297,15 @@ def test_the_reason_of_an_empty_dataset_names_the_stage_and_a_remedy(completions
     selection = select_completions(to_table(completions))
     assert selection.accepted.num_rows == 0
     assert message in empty_reason(selection.funnel)
+
+
+def test_every_accepted_completion_ends_with_eos_and_logprobs_stay_as_drawn():
+    table = to_table([completion(index=3, finish="stop"), completion(index=4, finish="eos")])
+    accepted = select_completions(table).accepted
+    ended = end_with_eos(accepted, (7, 9))
+    assert ended["completion_ids"].to_pylist() == [[3, 9], [4, 9]]
+    ended = end_with_eos(accepted, (7,))
+    assert ended["completion_ids"].to_pylist() == [[3, 9, 7], [4, 9, 7]]
+    assert ended["logprobs"].to_pylist() == accepted["logprobs"].to_pylist()
+    assert ended.schema.equals(ACCEPTED_SCHEMA)
+    assert end_with_eos(accepted, ()) is accepted

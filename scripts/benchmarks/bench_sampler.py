@@ -4,11 +4,11 @@
     python scripts/benchmarks/bench_sampler.py --quickstart
     python scripts/benchmarks/bench_sampler.py --quick
 
-Only one model is in memory at a time. With --policy: prompts of about 115 tokens (one example, then a question), 32 completions each of
+With --policy: prompts of about 115 tokens (one example, then a question), 32 completions each of
 exactly 128 tokens (EOS is ignored, so that all do equal work), temperature 0.7, top-k 40; a batch
 of 64 is two such prompts, one of 128 four. With --quickstart: a tiny random model writes 300 x 8
 completions of up to 60 tokens. Both append to results/bench_sampler.jsonl; --quick only shows in
-seconds that everything runs.
+seconds that everything runs. One model is in memory at a time.
 """
 
 import argparse

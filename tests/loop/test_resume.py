@@ -57,10 +57,8 @@ def test_a_kill_behind_the_last_optimizer_step_allowed_changes_nothing(
     callback["init_args"] = {"folder": str(tmp_path)}
     changes = {"trainer.max_steps": 2, "stop.rule": "none", "evaluation.n": 0}
     changes["trainer.callbacks"] = json.dumps([callback])
-    whole, *killed = (
-        RunDir(tmp_path / name)
-        for name in ("whole", "iteration_1_train_end", "iteration_1_fit_end")
-    )
+    names = ("whole", "iteration_1_train_end", "iteration_1_fit_end")
+    whole, *killed = (RunDir(tmp_path / name) for name in names)
     for run in (whole, *killed):
         assert restem(*fit_words(run.path, **changes)).code == 0
         assert outcome(run, 1) == outcome(whole, 1)

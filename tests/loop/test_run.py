@@ -120,7 +120,7 @@ def test_numbers_of_the_m_step_agree_with_each_other(finished, iteration):
     m_step = read_json(finished.iteration(iteration).metrics)["m_step"]
     assert m_step["optimizer_steps"] > 0
     rewards = dict(m_step["val_rewards"])
-    assert max(rewards) == m_step["optimizer_steps"]
+    assert 0 < max(rewards) <= m_step["optimizer_steps"]
     assert rewards[m_step["best_optimizer_step"]] == m_step["best_val_reward"]
     assert m_step["best_val_reward"] == max(rewards.values())
 
