@@ -86,7 +86,7 @@ class MathVerifier:
                 self.version += f"+math-verify-{importlib.metadata.version('math-verify')}"
             except importlib.metadata.PackageNotFoundError:
                 raise UserError(
-                    "use_math_verify (True) needs `pip install math-verify[antlr4_13_2]`; "
+                    "use_math_verify (True) needs `pip install math-verify[antlr4-13-2]`; "
                     "or set it to false"
                 ) from None
 
