@@ -1,5 +1,6 @@
 """The command line: `restem VERB ...`; every user's mistake ends in one line."""
 
+import errno
 import os
 import sys
 import warnings
@@ -17,6 +18,11 @@ VERBS = {
     "evaluate": "measure a policy: greedy pass@1, pass@k, maj@k",
     "report": "write the HTML report of runs, or print their metrics as JSON",
 }
+
+# A place that cannot be written is for the user to mend; any other OSError is a fault of ours.
+UNWRITABLE = (
+    errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
+)  # fmt: skip
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -38,6 +44,16 @@ def main(args: Sequence[str] | None = None) -> None:
     except (UserError, ArgumentError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         print(f"restem {verb}: error: {' '.join(lines)}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        print(
+            f"restem {verb}: error: {error.strerror}{place}; free space or mend the "
+            "permissions and give the same command again, or write elsewhere",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         again = "" if verb == "verify" else "; the same command goes on"

@@ -317,3 +317,20 @@ def test_a_verifier_that_fails_on_completions_stops_the_run(
     changes = {"verifier": verifier, "problems.train.init_args.num": 80, "evaluation.n": 0}
     result = restem(*fit_words(tmp_path / "run", **changes))
     check_line(result, ["verifier is broken", "ZeroDivisionError", "max_error_rate"])
+
+
+def test_a_device_that_does_not_exist_is_one_line(restem, problems):
+    result = restem("evaluate", "--problems", problems, "--engine.device", "foo")
+    assert result.code == 2
+    assert result.err.count("\n") == 1
+    assert "engine.device (foo) must be auto, cpu, cuda" in result.err
+
+
+def test_an_output_that_cannot_be_written_is_one_line(restem, problems, tmp_path):
+    (tmp_path / "file").write_text("")
+    output = tmp_path / "file" / "below"
+    result = restem("sample", "--problems", problems, "--output", output, *SMALL)
+    assert result.code == 2
+    assert result.err.strip().count("\n") == 0
+    assert str(output) in result.err
+    assert "write elsewhere" in result.err

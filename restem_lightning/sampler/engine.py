@@ -1,5 +1,6 @@
 """Sampler: prompts in, completions out, with everything that makes it fast behind one method."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ class EngineParams:
     """How the sampler uses the machine; none of this changes which completions are drawn.
 
     Args:
-        device: cpu, cuda, or auto for cuda where there is one.
+        device: cpu, cuda, cuda:0 and so on, or auto for cuda where there is one.
         dtype: float32, bfloat16, or auto for float32 on cpu and bfloat16 on cuda.
         max_batch_size: completions decoded together.
         max_batch_tokens: tokens in one forward pass; 0 for max_batch_size and one block of a prompt
@@ -58,8 +59,14 @@ class EngineParams:
                 raise UserError(
                     f"engine.{name} ({getattr(self, name)}) must be one of {', '.join(values)}"
                 )
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("engine.device is cuda, but torch sees no GPU here; set it to cpu")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise UserError(
+                f"engine.device ({self.device}) must be auto, cpu, cuda or cuda:0 and so on"
+            )
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(
+                f"engine.device is {self.device}, but torch sees no GPU here; set it to cpu"
+            )
         for name in ("max_batch_size", "block_size", "cache_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"engine.{name} ({getattr(self, name)}) must be at least 1")
