@@ -1,10 +1,23 @@
 """Every public function of this package in plain torch: the definition that the kernels must meet.
 
-Shape legend: B rows (one sequence each), V vocabulary.
+Shape legend: B rows (one sequence each), V vocabulary, T rows of a forward pass, E hidden size,
+I intermediate size, H query heads, K key heads, D head size, n cache blocks, S tokens in a block,
+P positions.
 """
 
 import torch
 from torch import Tensor
+
+from restem_kernels.work import (
+    FIRST_KEY,
+    FIRST_MEMBER,
+    LAST_KEY,
+    NUM_MEMBERS,
+    PIECE,
+    START,
+    TABLE,
+    Work,
+)
 
 _MASK = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
@@ -143,3 +156,164 @@ def sample_tokens(
     logprobs = raw.gather(-1, tokens[:, None]).squeeze(-1)
     processed = scores.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
     return tokens, logprobs, processed
+
+
+def add_rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns the normalized sum of x and residual, and the sum itself.
+
+    The sum is rounded to the dtype of x before it is normalized in float32, and the normalized
+    value is rounded before it is multiplied by the weight, as the Llama modules of Hugging Face
+    transformers do.
+
+    Args:
+        x: [T, E] any float dtype.
+        weight: [E], of the same dtype.
+        eps: added to the mean square.
+        residual: [T, E], of the same dtype; None for zero.
+
+    Returns:
+        [T, E] and [T, E], of the dtype of x.
+    """
+    total = x if residual is None else x + residual
+    wide = total.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * (wide * scale).to(x.dtype), total
+
+
+def gated_silu(gate_up: Tensor) -> Tensor:
+    """Returns silu(gate) * up [T, I] for gate and up side by side in [T, 2 I].
+
+    silu(gate) is rounded to the dtype before the product, as with two operations.
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def write_kv(keys: Tensor, values: Tensor, key_cache: Tensor, value_cache: Tensor, work: Work):
+    """Writes the key and value of each row to its place in the cache.
+
+    Row r goes to block tables[own_tables[r], i // S], offset i % S, where i = positions[r] -
+    own_starts[r]. Rows that share a place (unused rows do) leave the value of any one of them.
+
+    Args:
+        keys: [T, K, D].
+        values: [T, K, D].
+        key_cache: [n, K, S, D], changed in place.
+        value_cache: [n, K, S, D], changed in place.
+        work: where each row goes.
+    """
+    size = key_cache.shape[2]
+    index = (work.positions - work.own_starts).long()
+    blocks = work.tables[work.own_tables.long(), index // size].long()
+    key_cache[blocks, :, index % size] = keys
+    value_cache[blocks, :, index % size] = values
+
+
+def rotate_and_write(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    work: Work,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """Returns the rotated queries [T, H, D]; writes the rotated keys and the values to the cache.
+
+    Args:
+        qkv: [T, (H + 2 K) * D], queries, keys and values of each row side by side.
+        cos: [P, D], row p belongs to position p.
+        sin: [P, D].
+        key_cache: [n, K, S, D], changed in place.
+        value_cache: [n, K, S, D], changed in place.
+        work: the position of each row, and where its key and value go, see `write_kv`.
+        q_norm: [D], weight of an RMSNorm of each query head before it is rotated, None for none.
+        k_norm: [D], the same for key heads.
+        eps: of these norms.
+
+    Source: the rotation by halves of the Llama modules of Hugging Face transformers, products and
+    sum rounded to the dtype one after the other.
+    """
+    num_key_heads, size = key_cache.shape[1], key_cache.shape[3]
+    heads = qkv.unflatten(-1, (-1, size))
+    queries, keys, values = heads.split(
+        [heads.shape[1] - 2 * num_key_heads, num_key_heads, num_key_heads], dim=1
+    )
+    positions = work.positions.long()
+    cos, sin = cos[positions][:, None], sin[positions][:, None]
+
+    def rotate(x: Tensor, norm: Tensor | None) -> Tensor:
+        if norm is not None:
+            x = add_rms_norm(x, norm, eps=eps)[0]
+        low, high = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-high, low), -1) * sin
+
+    write_kv(rotate(keys, k_norm), values, key_cache, value_cache, work)
+    return rotate(queries, q_norm)
+
+
+def block_attention(
+    queries: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    work: Work,
+    *,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Returns the attention [T, H, D] of each row over the keys that it sees.
+
+    Each piece is a softmax over its own keys, with the log-sum-exp of its scores in float32; the
+    pieces of a row are averaged with weights softmax(log-sum-exp). A row that sees no key is zero.
+
+    Args:
+        queries: [T, H, D].
+        key_cache: [n, K, S, D]; query head h goes with key head h // (H // K).
+        value_cache: [n, K, S, D].
+        work: what each row attends to.
+        scaling: factor of the scores.
+        window: positions that a row sees, its own included; None for all before it.
+        softcap: c of c * tanh(score / c) (Gemma 2), None for none.
+    """
+    num_rows, num_heads, head_size = queries.shape
+    group, size = num_heads // key_cache.shape[1], key_cache.shape[2]
+    mixed = torch.zeros(num_rows, work.num_pieces, num_heads, head_size, device=queries.device)
+    normalizers = torch.full(mixed.shape[:3], float("-inf"), device=queries.device)
+
+    def attend(rows: list[int], table: int, start: int, first: int, last: int, piece: list[int]):
+        index = torch.arange(first, last, device=queries.device)
+        blocks = work.tables[table].long()[index // size]
+        keys = key_cache[blocks, :, index % size].float().repeat_interleave(group, 1)  # [L, H, D]
+        values = value_cache[blocks, :, index % size].float().repeat_interleave(group, 1)
+        scores = torch.einsum("mhd,lhd->mhl", queries[rows].float(), keys) * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        behind = work.positions[rows].long()[:, None] - (start + index)  # [m, L]
+        visible = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+        scores = scores.masked_fill(~visible[:, None], float("-inf"))
+        normalizer = scores.logsumexp(-1)
+        weights = (scores - normalizer[..., None]).exp().nan_to_num(0.0)
+        mixed[rows, piece] = torch.einsum("mhl,lhd->mhd", weights, values)
+        normalizers[rows, piece] = normalizer
+
+    for tile in work.tiles[: int(work.num_tiles)].tolist():
+        first = tile[FIRST_MEMBER]
+        rows = work.members[first : first + tile[NUM_MEMBERS]].tolist()
+        pieces = [tile[PIECE]] * len(rows)
+        attend(rows, tile[TABLE], tile[START], tile[FIRST_KEY], tile[LAST_KEY], pieces)
+    for row in range(num_rows) if work.attend_own else ():
+        start, table = int(work.own_starts[row]), int(work.own_tables[row])
+        num_keys = int(work.positions[row]) - start + 1
+        for number, first in enumerate(range(0, num_keys, work.split)):
+            piece = [int(work.num_shared[row]) + number]
+            attend([row], table, start, first, min(first + work.split, num_keys), piece)
+    highest = normalizers.amax(1, keepdim=True).clamp_min(-1e30)
+    weights = (normalizers - highest).exp()
+    weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-30)
+    return (weights[..., None] * mixed).sum(1).to(queries.dtype)
