@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+DUMP_BLOCK = 0  # unused rows write to it; what they read is never used
+
 # Columns of `Work.tiles`.
 FIRST_MEMBER, NUM_MEMBERS, TABLE, START, FIRST_KEY, LAST_KEY, PIECE = range(7)
 

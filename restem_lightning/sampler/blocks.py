@@ -4,21 +4,22 @@ import heapq
 
 
 class BlockPool:
-    """Hands out cache blocks: private ones from the low end, shared ones from the high end.
+    """Hands out cache blocks 1 .. num_blocks: private ones from the low end, shared from the high.
 
-    Keeping the private blocks together lets the attention read them in place, without a gather.
+    Block 0 is nobody's: unused rows of a batch write to it. Keeping the private blocks together
+    lets the attention on the CPU read them in place, without a gather.
     """
 
     def __init__(self, num_blocks: int):
         """Starts with every block free.
 
         Args:
-            num_blocks: blocks in the cache.
+            num_blocks: blocks to hand out.
         """
         self.num_blocks = num_blocks
-        self._low = list(range(num_blocks))
-        self._high = [-block for block in reversed(range(num_blocks))]
-        self._free = set(range(num_blocks))
+        self._low = list(range(1, num_blocks + 1))
+        self._high = [-block for block in reversed(self._low)]
+        self._free = set(self._low)
 
     @property
     def num_free(self) -> int:

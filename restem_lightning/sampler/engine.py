@@ -1,23 +1,32 @@
 """Sampler: prompts in, completions out, with everything that makes it fast behind one method."""
 
+import importlib.util
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
-from restem_kernels.sampling import sample_tokens
 from torch import Tensor, nn
 
 from restem_lightning.errors import UserError
-from restem_lightning.sampler.batch import build_batch
+from restem_lightning.sampler.batch import range_size
 from restem_lightning.sampler.blocks import BlockPool
+from restem_lightning.sampler.generation import Generation, Machinery, draw_settings, make_step
+from restem_lightning.sampler.lanes import Lanes
 from restem_lightning.sampler.params import Request, Sample, SamplingParams, address_key
-from restem_lightning.sampler.runner import Runner
-from restem_lightning.sampler.scheduler import Scheduler
-from restem_lightning.sampler.sequence import Sequence
+from restem_lightning.sampler.runner import StepGraphs, make_cache, make_model
+from restem_lightning.sampler.scheduler import Limits, Scheduler
 from restem_lightning.sampler.stop import StopStrings
-from restem_lightning.sampler.weights import checksum, load_module, pack_linears, update_weights
+from restem_lightning.sampler.weights import checksum, load_module, update_weights
+
+ROW_STEP = 8  # row counts of forward passes are multiples of this
+CPU_BATCH, CUDA_BATCH = 128, 512  # beyond about 512, products are bound by arithmetic
+CPU_PREFILL, CUDA_PREFILL = 512, 4096
+CPU_CACHE_TOKENS = 65536
+CUDA_CACHE_SHARE = 0.85  # of the memory that is free once the weights are loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,21 +36,25 @@ class EngineParams:
     Args:
         device: cpu, cuda, cuda:0 and so on, or auto for cuda where there is one.
         dtype: float32, bfloat16, or auto for float32 on cpu and bfloat16 on cuda.
-        max_batch_size: completions decoded together.
-        max_batch_tokens: tokens in one forward pass; 0 for max_batch_size and one block of a prompt
-            where batch_invariant, else for 2048.
+        kernels: torch (on cpu), triton (on cuda; on cpu for tests with TRITON_INTERPRET=1, which
+            takes thousands of times longer), or auto.
+        max_batch_size: completions decoded together; 0 for 128 on cpu and 512 on cuda.
+        prefill_tokens: tokens of prompts in one forward pass; 0 for 512 on cpu and 4096 on cuda.
         block_size: tokens in a block of the KV cache.
-        cache_tokens: tokens that the KV cache holds.
+        cache_tokens: tokens that the KV cache holds; 0 for 65536 on cpu, and on cuda for as many as
+            fit in 85 % of the memory that is free.
         batch_invariant: on computes every completion to the same bits whatever else is in the
-            batch, at the cost of full-size passes; auto is on for float32 on cpu, else off.
+            batch; auto is on for cpu (where it costs nothing with oneDNN), off for cuda (where it
+            costs passes of full size).
     """
 
     device: str = "auto"
     dtype: str = "auto"
-    max_batch_size: int = 128
-    max_batch_tokens: int = 0
+    kernels: str = "auto"
+    max_batch_size: int = 0
+    prefill_tokens: int = 0
     block_size: int = 32
-    cache_tokens: int = 65536
+    cache_tokens: int = 0
     batch_invariant: str = "auto"
 
     def __post_init__(self) -> None:
@@ -52,6 +65,7 @@ class EngineParams:
         """
         allowed = {
             "dtype": ("auto", "float32", "bfloat16"),
+            "kernels": ("auto", "torch", "triton"),
             "batch_invariant": ("auto", "on", "off"),
         }
         for name, values in allowed.items():
@@ -67,16 +81,32 @@ class EngineParams:
             raise UserError(
                 f"engine.device is {self.device}, but torch sees no GPU here; set it to cpu"
             )
-        for name in ("max_batch_size", "block_size", "cache_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"engine.{name} ({getattr(self, name)}) must be at least 1")
-        if self.max_batch_tokens and self.max_batch_tokens < max(
-            self.max_batch_size, self.block_size
-        ):
+        for name, least in (
+            ("max_batch_size", 0), ("prefill_tokens", 0), ("cache_tokens", 0), ("block_size", 1),
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise UserError(f"engine.{name} ({getattr(self, name)}) must be at least {least}")
+        self._check_kernels()
+
+    def _check_kernels(self) -> None:
+        on_cpu = self.resolve_device().type == "cpu"
+        if self.kernels == "torch" and not on_cpu:
             raise UserError(
-                f"engine.max_batch_tokens ({self.max_batch_tokens}) must be 0 or at least "
-                f"max_batch_size ({self.max_batch_size}) and block_size ({self.block_size})"
+                "engine.kernels (torch) is for engine.device cpu; set it to triton or auto"
             )
+        if self.kernels == "triton" and on_cpu and os.environ.get("TRITON_INTERPRET") != "1":
+            raise UserError(
+                "engine.kernels (triton) needs a GPU; set it to auto (or, to test the kernels "
+                "without one, set the environment variable TRITON_INTERPRET=1)"
+            )
+        if self.resolve_kernels() == "triton":
+            if importlib.util.find_spec("triton") is None:
+                raise UserError("sampling on a GPU needs triton: pip install 'triton>=3.6'")
+            if self.block_size < 8 or self.block_size & (self.block_size - 1):
+                raise UserError(
+                    f"engine.block_size ({self.block_size}) must be 8, 16, 32 or another power of "
+                    "two on a GPU"
+                )
 
     def resolve_device(self) -> torch.device:
         """Returns the device that `device` means here."""
@@ -90,11 +120,28 @@ class EngineParams:
             return getattr(torch, self.dtype)
         return torch.float32 if self.resolve_device().type == "cpu" else torch.bfloat16
 
+    def resolve_kernels(self) -> str:
+        """Returns what `kernels` means here: torch or triton."""
+        if self.kernels != "auto":
+            return self.kernels
+        return "torch" if self.resolve_device().type == "cpu" else "triton"
+
     def resolve_batch_invariant(self) -> bool:
         """Returns what `batch_invariant` means here."""
         if self.batch_invariant != "auto":
             return self.batch_invariant == "on"
-        return self.resolve_device().type == "cpu" and self.resolve_dtype() == torch.float32
+        return self.resolve_device().type == "cpu"
+
+
+def _load_ops(kernels: str) -> ModuleType:
+    """Returns the module of operations; triton is only imported where it is used."""
+    if kernels == "triton":
+        from restem_kernels import gpu
+
+        return gpu
+    from restem_kernels import cpu
+
+    return cpu
 
 
 class Sampler:
@@ -104,34 +151,116 @@ class Sampler:
         """Loads the policy and allocates the KV cache.
 
         Args:
-            policy: Hugging Face folder, or a module already behind our attention.
+            policy: Hugging Face folder, or a module already behind our attention, whose linear
+                layers are then joined and packed.
             engine: how to use the machine.
         """
-        self.engine = engine or EngineParams()
-        self.dtype, self.device = self.engine.resolve_dtype(), self.engine.resolve_device()
-        self.owns_module = not isinstance(policy, nn.Module)
-        if self.owns_module:
+        self.engine = engine = engine or EngineParams()
+        self.dtype, self.device = engine.resolve_dtype(), engine.resolve_device()
+        self.ops = _load_ops(engine.resolve_kernels())
+        on_cpu = self.device.type == "cpu"
+        if not on_cpu and self.device.index is not None:
+            torch.cuda.set_device(self.device)
+        self.module = policy
+        if not isinstance(policy, nn.Module):
             self.module = load_module(policy, device=self.device, dtype=self.dtype)
-            pack_linears(self.module)
-        else:
-            self.module = policy
-        size = self.engine.block_size
-        self.num_blocks = -(-self.engine.cache_tokens // size)
-        self.runner = Runner(self.module, num_blocks=self.num_blocks, block_size=size)
-        self.invariant = self.engine.resolve_batch_invariant()
-        smallest = self.engine.max_batch_size + size
-        self.max_batch_tokens = self.engine.max_batch_tokens or (
-            smallest if self.invariant else max(2048, smallest)
+        self.max_batch_size = engine.max_batch_size or (CPU_BATCH if on_cpu else CUDA_BATCH)
+        self.num_lanes = -(-self.max_batch_size // ROW_STEP) * ROW_STEP
+        prefill = engine.prefill_tokens or (CPU_PREFILL if on_cpu else CUDA_PREFILL)
+        self.prefill_tokens = -(-prefill // ROW_STEP) * ROW_STEP
+        self.num_blocks = self._count_blocks()
+        self.cache = make_cache(
+            self.module, num_blocks=1 + self.num_blocks, block_size=engine.block_size
         )
+        config = self.module.config.get_text_config()
+        self.context = getattr(config, "max_position_embeddings", 2**31)
+        # No prompt with its completion is longer than the cache.
+        num_positions = min(self.context, self.num_blocks * engine.block_size)
+        self.model = make_model(self.module, self.ops, self.cache, num_positions=num_positions)
+        self.full_passes = engine.resolve_batch_invariant() and not self._rows_are_independent()
         eos = self.module.generation_config.eos_token_id
         self.eos_ids = tuple([eos] if isinstance(eos, int) else eos or [])
         self.num_preemptions = 0
+        self._machinery: tuple[dict[str, float], Machinery] | None = None
+        self._scheduler: Scheduler | None = None
+
+    def _count_blocks(self) -> int:
+        engine = self.engine
+        tokens = engine.cache_tokens or CPU_CACHE_TOKENS
+        if not engine.cache_tokens and self.device.type == "cuda":
+            probe = make_cache(self.module, num_blocks=1, block_size=1)
+            per_token = 2 * len(probe.keys) * probe.keys[0].numel() * probe.keys[0].element_size()
+            free, _ = torch.cuda.mem_get_info(self.device)
+            tokens = int(free * CUDA_CACHE_SHARE) // per_token
+        return -(-tokens // engine.block_size)
+
+    def _rows_are_independent(self) -> bool:
+        """Returns whether a row of each product is the same bits for every number of rows.
+
+        So it is with oneDNN's packed weights on the CPUs seen; on a GPU the library chooses
+        another algorithm for another number of rows.
+        """
+        if self.device.type != "cpu":
+            return False
+        generator = torch.Generator().manual_seed(0)
+        seen = set()
+        for projection in self.model.projections:
+            num_outputs, num_inputs = projection.weight.shape
+            if (num_outputs, num_inputs) in seen:
+                continue
+            seen.add((num_outputs, num_inputs))
+            x = torch.randn(self.num_lanes, num_inputs, generator=generator).to(self.dtype)
+            with torch.inference_mode():
+                whole = projection(x)
+                for rows in (ROW_STEP, 3 * ROW_STEP):
+                    if not torch.equal(projection(x[-rows:]), whole[-rows:]):
+                        return False
+        return True
+
+    def _decode_rows(self, needed: int) -> int:
+        if self.full_passes:
+            return self.num_lanes
+        step = ROW_STEP
+        if self.device.type == "cuda":  # few graphs: steps of an eighth to a quarter
+            step = max(ROW_STEP, 2 ** (max(needed - 1, 1).bit_length() - 3))
+        return min(-(-needed // step) * step, self.num_lanes)
+
+    def _prefill_rows(self, needed: int) -> int:
+        if self.full_passes:
+            return self.prefill_tokens
+        return -(-max(needed, 1) // ROW_STEP) * ROW_STEP
+
+    def _prepare(self, params: SamplingParams) -> Machinery:
+        """Returns lanes and graphs for these settings: those of the last run if it had the same."""
+        settings = draw_settings(params) | {"max_new_tokens": params.max_new_tokens}
+        if self._machinery is None or self._machinery[0] != settings:
+            split = range_size(self.engine.block_size)
+            lanes = Lanes(
+                self.num_lanes,
+                split=split,
+                own_keys=params.max_new_tokens,
+                device=self.device,
+            )
+            step = make_step(self.ops, self.model, lanes, draw_settings(params))
+            group = self.module.config.get_text_config().num_attention_heads
+            group //= self.cache.head_shape[0]
+            machinery = Machinery(
+                ops=self.ops,
+                model=self.model,
+                cache=self.cache,
+                lanes=lanes,
+                graphs=StepGraphs(step, self.device),
+                decode_rows=self._decode_rows,
+                prefill_rows=self._prefill_rows,
+                max_tile_rows=self.ops.tile_rows(group),
+            )
+            self._machinery = settings, machinery
+        return self._machinery[1]
 
     def update_weights(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Copies live weights into the sampler's module, see `weights.update_weights`."""
         update_weights(self.module, named)
-        if self.owns_module:
-            pack_linears(self.module)
+        self.model.pack()
 
     def checksum(self) -> str:
         """Returns the hash of the weights that the next completion is drawn with."""
@@ -146,7 +275,7 @@ class Sampler:
         iteration: int,
         decode: Callable[[list[int]], str] | None = None,
     ) -> Iterator[Sample]:
-        """Yields completions as they finish, in no fixed order.
+        """Yields completions as they finish, in no fixed order; one run at a time.
 
         Args:
             requests: read as late as possible, so they may be claimed while sampling runs.
@@ -156,100 +285,40 @@ class Sampler:
             decode: token ids to text; needed for stop strings only.
 
         Raises:
-            UserError: if the KV cache cannot hold one prompt with its completion, or stop strings
-                are given without decode.
+            UserError: if the KV cache cannot hold one prompt with its completion, if these are
+                longer than what the model takes, or if stop strings are given without decode.
         """
-        pool = BlockPool(self.num_blocks)
-        scheduler = Scheduler(
-            requests,
-            pool,
-            block_size=self.engine.block_size,
-            max_batch_size=self.engine.max_batch_size,
-            max_batch_tokens=self.max_batch_tokens,
-            max_new_tokens=params.max_new_tokens,
-            key_of=lambda request_id: address_key(seed, iteration, request_id),
-        )
         if params.stop and decode is None:
             raise UserError(
                 "sampling.stop needs text; give Sampler.generate the tokenizer's decode"
             )
-        stop = StopStrings(params.stop, decode or (lambda ids: ""))
-        pad_to = self.max_batch_tokens if self.invariant else 0
-        draw = _Drawer(params, self.device)
-        while not scheduler.done:
-            starting = [s for s in scheduler.admit() if not s.token_ids]
-            if starting:
-                logits = torch.stack([sequence.prompt.logits for sequence in starting])
-                draw(starting, logits)
-                yield from self._finished(starting, scheduler, params, stop)
-            step = scheduler.plan()
-            if not step.decode and not step.prefill:
-                continue
-            batch = build_batch(
-                step, block_size=self.engine.block_size, pad_to=pad_to, device=self.device
-            )
-            logits = self.runner.forward(batch, pad_to=pad_to)
-            sequences = [output for output in batch.outputs if isinstance(output, Sequence)]
-            for row, prompt in enumerate(batch.outputs[len(sequences) :], len(sequences)):
-                prompt.logits = logits[row].clone()
-            for _ in scheduler.complete(step):
-                pass
-            if sequences:
-                draw(sequences, logits[: len(sequences)])
-                yield from self._finished(sequences, scheduler, params, stop)
+        scheduler = Scheduler(
+            requests,
+            BlockPool(self.num_blocks),
+            Limits(
+                block_size=self.engine.block_size,
+                num_lanes=self.max_batch_size,
+                prefill_tokens=self.prefill_tokens,
+                max_new_tokens=params.max_new_tokens,
+                context=self.context,
+            ),
+            key_of=lambda request_id: address_key(seed, iteration, request_id),
+        )
+        self._scheduler = scheduler
+        yield from Generation(
+            self._prepare(params),
+            scheduler,
+            params,
+            eos_ids=self.eos_ids,
+            stop=StopStrings(params.stop, decode or (lambda ids: "")),
+        )
         self.num_preemptions = scheduler.num_preemptions
 
-    def _finished(
-        self,
-        sequences: list[Sequence],
-        scheduler: Scheduler,
-        params: SamplingParams,
-        stop: StopStrings,
-    ) -> Iterator[Sample]:
-        """Takes out and yields those of the sequences whose last draw ended them."""
-        for sequence in sequences:
-            length = len(sequence.token_ids)
-            if sequence.token_ids[-1] in self.eos_ids:
-                reason = "eos"
-            elif (kept := stop.cut(sequence.token_ids)) is not None:
-                reason, length = "stop", kept
-            elif length >= params.max_new_tokens:
-                reason = "length"
-            else:
-                continue
-            scheduler.finish(sequence)
-            yield Sample(
-                request_id=sequence.request_id,
-                index=sequence.index,
-                token_ids=tuple(sequence.token_ids[:length]),
-                logprobs=tuple(sequence.logprobs[:length]),
-                sampling_logprobs=tuple(sequence.sampling_logprobs[:length]),
-                finish_reason=reason,
-            )
+    def cancel(self, request_id: str) -> None:
+        """Drops the completions of a request that `generate` has not yielded yet.
 
-
-class _Drawer:
-    """Draws the next token of each sequence and appends it."""
-
-    def __init__(self, params: SamplingParams, device: torch.device):
-        self.device = device
-        self.settings = {
-            name: getattr(params, name) for name in ("temperature", "top_k", "top_p", "min_p")
-        }
-
-    def __call__(self, sequences: list[Sequence], logits: Tensor) -> None:
-        def tensor(values: list) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=self.device)
-
-        tokens, logprobs, sampling_logprobs = sample_tokens(
-            logits,
-            tensor([sequence.key for sequence in sequences]),
-            tensor([sequence.index for sequence in sequences]),
-            tensor([len(sequence.token_ids) for sequence in sequences]),
-            **self.settings,
-        )
-        columns = (tokens.tolist(), logprobs.tolist(), sampling_logprobs.tolist())
-        for sequence, *drawn in zip(sequences, *columns, strict=True):
-            sequence.token_ids.append(drawn[0])
-            sequence.logprobs.append(drawn[1])
-            sequence.sampling_logprobs.append(drawn[2])
+        Args:
+            request_id: of a request of the present run; an unknown one is ignored.
+        """
+        if self._scheduler is not None:
+            self._scheduler.cancel(request_id)

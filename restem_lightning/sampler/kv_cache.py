@@ -30,24 +30,15 @@ class KVCache:
             for _ in range(2)
         )
 
-    def per_head(self, blocks: Tensor) -> Tensor:
-        """Returns [..., K, n] int64: for blocks [..., n] their places among all heads' blocks."""
-        num_heads = self.head_shape[0]
-        return (
-            blocks[..., None, :] * num_heads
-            + torch.arange(num_heads, device=blocks.device)[:, None]
-        )
+    def save(self, blocks: list[int]) -> Tensor:
+        """Returns a copy of blocks in host memory, [2 * num_layers, blocks, K, S, D]."""
+        layers = [*self.keys, *self.values]
+        index = torch.tensor(blocks, dtype=torch.int64, device=layers[0].device)
+        return torch.stack([layer[index] for layer in layers]).cpu()
 
-    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Stores keys and values [R, K, D] at slots [R * K]: place per head * S + offset."""
-        for cached, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            cached.view(-1, cached.shape[-1]).index_copy_(0, slots, new.flatten(0, 1))
-
-    def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns keys and values [g, K, n * S, D] of the blocks [g, K, n], given per head."""
-        return tuple(
-            cached.flatten(0, 1)
-            .index_select(0, blocks.flatten())
-            .view(*blocks.shape[:2], -1, cached.shape[-1])
-            for cached in (self.keys[layer], self.values[layer])
-        )
+    def restore(self, saved: Tensor, blocks: list[int]) -> None:
+        """Writes saved blocks to new places."""
+        layers = [*self.keys, *self.values]
+        index = torch.tensor(blocks, dtype=torch.int64, device=layers[0].device)
+        for layer, kept in zip(layers, saved.to(index.device), strict=True):
+            layer[index] = kept

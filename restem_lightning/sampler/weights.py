@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,32 +40,6 @@ def load_module(policy: str | Path, *, device: torch.device, dtype: torch.dtype)
         policy, dtype=dtype, attn_implementation=ATTENTION_NAME
     )
     return module.to(device).eval()
-
-
-def _packed_forward(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
-
-
-@torch.no_grad()
-def pack_linears(module: nn.Module) -> None:
-    """Gives the linear layers of a bfloat16 module on the CPU weights in the layout of its kernels.
-
-    Otherwise torch makes that layout anew in every call, a third of the call's time. The results
-    are the same bits. The copies follow the weights only when this is called again. For other
-    dtypes and devices nothing happens.
-
-    Source: torch's inductor, which does the same with frozen weights (torch 2.13).
-    """
-    for linear in module.modules():
-        if type(linear) is not nn.Linear:
-            continue
-        weight = linear.weight
-        if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
-            return
-        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-        linear.forward = partial(_packed_forward, packed, linear.bias)
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from restem_lightning.errors import UserError
 from restem_lightning.sampler import EngineParams, Request, Sampler, SamplingParams
-from restem_lightning.sampler.weights import load_module, pack_linears
+from restem_lightning.sampler.fused import Projection
+from restem_lightning.sampler.weights import load_module
 
 VOCAB, EOS = 64, 1
 
@@ -83,6 +84,57 @@ def test_stop_strings_without_a_decoder_are_refused(
         draw(make_sampler(make_policy()), [request_of_many], SamplingParams(stop=("x",)))
 
 
+def test_a_cancelled_request_yields_nothing_more(make_policy, make_sampler, draw, prompt):
+    sampler = make_sampler(make_policy(), max_batch_size=8)
+    sampler.eos_ids = ()
+    requests = [
+        Request(request_id=name, prompt_ids=prompt(9 + place), indices=tuple(range(6)))
+        for place, name in enumerate("abc")
+    ]
+    params = SamplingParams(n=6, temperature=1.0, max_new_tokens=5)
+    whole = draw(sampler, requests, params)
+    kept = {}
+    for sample in sampler.generate(requests, params, seed=0, iteration=1):
+        kept[sample.request_id, sample.index] = sample
+        # One running, one waiting behind it, one that is over, one that never was.
+        for name in {"b": ("b", "c"), "a": ("nobody",)}[sample.request_id]:
+            sampler.cancel(name)
+    assert {name for name, _ in kept} == {"a", "b"}
+    assert len([name for name, _ in kept if name == "b"]) == 1
+    assert all(whole[address] == sample for address, sample in kept.items())
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_preambles_that_nobody_needs_make_room_for_others(
+    shares, make_policy, make_sampler, draw, prompt
+):
+    # Each request has a preamble of its own; together they are larger than the cache.
+    sampler = make_sampler(make_policy(), max_batch_size=2, cache_tokens=8 * 12)
+    requests = [
+        Request(
+            request_id=str(number),
+            prompt_ids=(*prompt(30, seed=number * (not shares)), *prompt(5, seed=number)),
+            num_shared=30,
+        )
+        for number in range(8)
+    ]
+    assert len(draw(sampler, requests, SamplingParams(n=1, max_new_tokens=12))) == 8
+
+
+def test_a_prompt_beyond_the_context_of_the_model_is_refused(
+    make_policy, make_sampler, draw, prompt
+):
+    sampler = make_sampler(make_policy())
+    request = Request(request_id="long", prompt_ids=prompt(250))
+    message = (
+        r"sampling\.max_new_tokens \(7\) and the 250 prompt tokens of long are 257 tokens, more "
+        r"than the 256 that this model takes; lower it to 6"
+    )
+    with pytest.raises(UserError, match=message):
+        draw(sampler, [request], SamplingParams(n=1, max_new_tokens=7))
+    assert len(draw(sampler, [request], SamplingParams(n=1, max_new_tokens=6))) == 1
+
+
 def test_requests_are_read_as_late_as_possible(make_policy, make_sampler, prompt):
     sampler = make_sampler(make_policy(), max_batch_size=8)
     sampler.eos_ids = ()
@@ -147,13 +199,30 @@ def test_models_that_would_be_sampled_wrongly_are_refused_by_name(family, tmp_pa
         )
 
 
-def test_packed_weights_give_the_same_bits(make_policy):
-    module = load_module(make_policy(), device=torch.device("cpu"), dtype=torch.bfloat16)
-    inputs = torch.randn(5, 32, dtype=torch.bfloat16)
-    plain = [layer.self_attn.q_proj(inputs) for layer in module.model.layers]
-    pack_linears(module)
-    packed = [layer.self_attn.q_proj(inputs) for layer in module.model.layers]
-    assert all(torch.equal(*pair) for pair in zip(plain, packed, strict=True))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_joined_and_packed_projections_equal_the_layers_they_join(dtype, make_policy):
+    module = load_module(make_policy("qwen2"), device=torch.device("cpu"), dtype=dtype)
+    attention = module.model.layers[1].self_attn
+    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+    for layer in layers:
+        torch.nn.init.normal_(layer.bias)
+    inputs = torch.randn(16, 32, dtype=dtype)
+    apart = torch.cat([layer(inputs) for layer in layers], -1)
+    joined = Projection(*layers)
+    assert torch.equal(torch.cat([layer(inputs) for layer in layers], -1), apart)
+    joined.pack()
+    error = (joined(inputs) - apart).abs().max()
+    assert error <= 2 * torch.finfo(dtype).eps * apart.abs().max()
+
+
+def test_new_weights_in_the_module_reach_the_joined_ones(make_policy):
+    module = load_module(make_policy(), device=torch.device("cpu"), dtype=torch.float32)
+    mlp = module.model.layers[0].mlp
+    joined = Projection(mlp.gate_proj, mlp.up_proj)
+    with torch.no_grad():
+        mlp.up_proj.weight.fill_(3.0)
+    assert (joined.weight[48:] == 3).all()
+    assert not (joined.weight[:48] == 3).any()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -211,11 +280,17 @@ def test_a_changed_weight_changes_the_checksum_and_order_does_not(make_policy, m
     [
         ({"dtype": "float16"}, r"engine\.dtype \(float16\) must be one of auto, float32, bfloat16"),
         ({"batch_invariant": "yes"}, r"engine\.batch_invariant \(yes\)"),
-        ({"max_batch_size": 0}, r"engine\.max_batch_size \(0\) must be at least 1"),
-        ({"cache_tokens": 0}, r"engine\.cache_tokens"),
-        ({"max_batch_size": 64, "max_batch_tokens": 63}, r"engine\.max_batch_tokens \(63\)"),
+        ({"max_batch_size": -1}, r"engine\.max_batch_size \(-1\) must be at least 0"),
+        ({"cache_tokens": -1}, r"engine\.cache_tokens \(-1\) must be at least 0"),
+        ({"kernels": "cuda"}, r"engine\.kernels \(cuda\) must be one of auto, torch, triton"),
+        ({"block_size": 0}, r"engine\.block_size \(0\) must be at least 1"),
+        (
+            {"device": "cpu", "kernels": "triton", "block_size": 12},
+            r"engine\.block_size \(12\) must be 8, 16, 32",
+        ),
     ],
 )
-def test_engine_settings_are_checked(settings, message):
+def test_engine_settings_are_checked(settings, message, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(UserError, match=message):
         EngineParams(**settings)

@@ -122,7 +122,7 @@ def test_sizes_of_the_engine_change_no_token(requests, make_policy, make_sampler
         {"block_size": 64, "max_batch_size": 40, "cache_tokens": 8192},
         {"max_batch_size": 1},
         {"batch_invariant": "off"},
-        {"max_batch_tokens": 70},
+        {"prefill_tokens": 24},
     ):
         assert tokens(**engine) == expected, engine
 

@@ -11,7 +11,7 @@ import restem_lightning.sampler
 from restem_lightning.errors import UserError
 from restem_lightning.sampler import Request
 from restem_lightning.sampler.blocks import BlockPool
-from restem_lightning.sampler.scheduler import Scheduler
+from restem_lightning.sampler.scheduler import Limits, Scheduler
 
 BLOCK = 4
 
@@ -33,12 +33,12 @@ def test_bookkeeping_imports_no_torch(name):
 
 def test_private_blocks_come_from_the_low_end_and_shared_ones_from_the_high_end():
     pool = BlockPool(8)
-    assert [pool.allocate_private() for _ in range(2)] == [0, 1]
-    assert pool.allocate_shared(3) == [7, 6, 5]
+    assert [pool.allocate_private() for _ in range(2)] == [1, 2]
+    assert pool.allocate_shared(3) == [8, 7, 6]
     assert pool.num_free == 3
-    pool.release([0, 6])
-    assert pool.allocate_private() == 0
-    assert pool.allocate_shared(1) == [6]
+    pool.release([1, 7])
+    assert pool.allocate_private() == 1
+    assert pool.allocate_shared(1) == [7]
 
 
 def test_a_pool_hands_out_every_block_once():
@@ -51,26 +51,34 @@ def test_a_pool_hands_out_every_block_once():
         elif pool.num_free >= 3:
             new = [pool.allocate_private()] if rng.random() < 0.7 else pool.allocate_shared(3)
             assert not taken & set(new)
-            assert all(0 <= block < 50 for block in new)
+            assert all(1 <= block <= 50 for block in new)
             taken |= set(new)
         assert pool.num_free == 50 - len(taken)
 
 
-def make_scheduler(requests, *, num_blocks=200, batch=6, tokens=10, max_new_tokens=12):
+def make_scheduler(
+    requests, *, num_blocks=200, lanes=6, tokens=10, max_new_tokens=12, context=1000
+):
     return Scheduler(
         requests,
         BlockPool(num_blocks),
-        block_size=BLOCK,
-        max_batch_size=batch,
-        max_batch_tokens=tokens,
-        max_new_tokens=max_new_tokens,
+        Limits(
+            block_size=BLOCK,
+            num_lanes=lanes,
+            prefill_tokens=tokens,
+            max_new_tokens=max_new_tokens,
+            context=context,
+        ),
         key_of=lambda request_id: (len(request_id), 0),
     )
 
 
-def play(scheduler, length_of):
-    """Runs a scheduler with a model that writes 0, 1, 2, ... up to the length of each sequence."""
-    finished, starts = {}, []
+def play(scheduler, length_of, *, on_step=lambda: None):
+    """Runs a scheduler with a model that writes 0, 1, 2, ... up to the length of each sequence.
+
+    Returns the completions and the parts of prompts in the order they were computed.
+    """
+    finished, chunks = {}, []
 
     def write(sequence):
         sequence.token_ids.append(len(sequence.token_ids))
@@ -80,33 +88,42 @@ def play(scheduler, length_of):
 
     for _ in range(10000):
         if scheduler.done:
-            return finished, starts
-        for sequence in [sequence for sequence in scheduler.admit() if not sequence.token_ids]:
-            starts.append(sequence.request_id)
-            write(sequence)
-        step = scheduler.plan()
-        check(scheduler, step)
-        for _ in scheduler.complete(step):
-            pass
-        for sequence, _, last in step.decode:
-            if last == len(sequence.token_ids):
+            return finished, chunks
+        for sequence in scheduler.admit():
+            assert len(sequence.blocks) * BLOCK >= sequence.num_cached
+            if not sequence.token_ids:
                 write(sequence)
+        new = scheduler.plan_prefill()
+        assert sum(chunk.last - chunk.first for chunk in new) <= scheduler.limits.prefill_tokens
+        chunks += new
+        scheduler.complete_prefill()
+        while scheduler.num_missing_blocks() > scheduler.pool.num_free:
+            scheduler.preempt(scheduler.youngest())
+        scheduler.grow()
+        check(scheduler)
+        on_step()
+        for sequence in list(scheduler.running):
+            assert sequence.num_cached == len(sequence.token_ids)
+            write(sequence)
     raise AssertionError("the scheduler does not end")
 
 
-def check(scheduler, step):
-    """Checks that a step fits its budget, writes each block once and computes what is missing."""
-    num_rows = sum(last - first for _, first, last in step.decode) + BLOCK * len(step.prefill)
-    assert num_rows <= scheduler.max_batch_tokens
-    assert len(step.decode) <= len(scheduler.running) <= scheduler.max_batch_size
-    used = [block for sequence in scheduler.running for block in sequence.blocks]
-    segments = {id(part): part for s in scheduler.running for part in s.prompt.chain}
-    segments |= {id(part): part for s, _ in scheduler.prefilling for part in s.chain}
-    used += [block for segment in segments.values() for block in segment.blocks]
-    assert len(used) == len(set(used))
-    for sequence, first, last in step.decode:
-        assert first == sequence.num_cached < last
-        assert len(sequence.blocks) * BLOCK >= last
+def check(scheduler):
+    """Checks that lanes, blocks and tables belong to one owner each and hold what they must."""
+    running = list(scheduler.running)
+    lanes = [sequence.lane for sequence in running]
+    assert sorted(lanes + scheduler.free_lanes) == list(range(scheduler.limits.num_lanes))
+    segments = {part for sequence in running for part in sequence.prompt.chain}
+    segments |= {part for sequence in scheduler.ready for part in sequence.prompt.chain}
+    segments |= {part for prompt, _ in scheduler.prefilling for part in prompt.chain}
+    segments |= set(scheduler.preambles.values())
+    used = [block for owner in [*running, *segments] for block in owner.blocks]
+    assert len(used) == len(set(used)) == scheduler.pool.num_blocks - scheduler.pool.num_free
+    tables = [segment.table for segment in segments]
+    assert len(tables) == len(set(tables))
+    assert all(table > scheduler.limits.num_lanes for table in tables)
+    for sequence in running:
+        assert len(sequence.blocks) * BLOCK >= sequence.num_cached
         assert all(part.num_scheduled == len(part.token_ids) for part in sequence.prompt.chain)
 
 
@@ -142,21 +159,36 @@ def test_all_blocks_but_those_of_preambles_are_free_at_the_end():
     assert scheduler.pool.num_free == 30 - 2  # 5 tokens in blocks of 4
 
 
-def test_requests_start_in_their_order():
-    scheduler = make_scheduler(some_requests())
-    _, starts = play(scheduler, length_of)
-    assert starts == sorted(starts)
+def test_lanes_stay_full_while_there_is_work():
+    scheduler = make_scheduler(some_requests(num=40), tokens=64)
+    counts = []
+    play(scheduler, length_of, on_step=lambda: counts.append(len(scheduler.running)))
+    # A lane is empty for the step in which its sequence ends, and at both ends of the run.
+    assert sum(count == 6 for count in counts[3:-12]) > 0.9 * len(counts[3:-12])
 
 
-def test_a_preamble_is_computed_once():
+def test_compaction_moves_the_last_sequences_to_the_first_lanes():
+    scheduler = make_scheduler(some_requests(num=2))
+    scheduler.plan_prefill(), scheduler.plan_prefill()
+    scheduler.complete_prefill()
+    running = scheduler.admit()
+    for sequence in (running[0], running[2]):
+        scheduler.finish(sequence)
+    left = list(scheduler.running)
+    moves = scheduler.compact(len(left))
+    assert sorted(sequence.lane for sequence in left) == list(range(len(left)))
+    assert all(old >= len(left) > new for old, new in moves)
+    check(scheduler)
+
+
+def test_a_preamble_is_computed_once_and_first():
     scheduler = make_scheduler(some_requests(num=4, shared=8))
-    written = []
-    plan = scheduler.plan
-    scheduler.plan = lambda: (step := plan(), written.extend(step.prefill))[0]
-    play(scheduler, length_of)
-    preamble = [number for segment, number in written if segment.is_preamble]
-    assert preamble == [0, 1]
-    assert len(written) == len(set(written))
+    _, chunks = play(scheduler, length_of)
+    spans = [(chunk.segment, chunk.first, chunk.last) for chunk in chunks]
+    preamble = [(first, last) for segment, first, last in spans if segment.is_preamble]
+    assert preamble == [(0, 8)]
+    assert spans[0][0].is_preamble
+    assert len(spans) == len(set(spans))
 
 
 def test_a_request_whose_prompt_is_all_preamble_keeps_its_last_token():
@@ -165,6 +197,22 @@ def test_a_request_whose_prompt_is_all_preamble_keeps_its_last_token():
     finished, _ = play(scheduler, length_of)
     assert list(finished) == [("1", 0)]
     assert list(scheduler.preambles) == [(1, 2, 3)]
+
+
+@pytest.mark.parametrize("when", ["prefilling", "ready", "running"])
+def test_a_cancelled_request_leaves_nothing_behind(when):
+    scheduler = make_scheduler(some_requests(num=3), lanes=2, tokens=64)
+    scheduler.plan_prefill()
+    if when != "prefilling":
+        scheduler.complete_prefill()
+    if when == "running":
+        scheduler.admit()
+        scheduler.grow()
+    scheduler.cancel("0")
+    check(scheduler)
+    finished, _ = play(scheduler, length_of)
+    assert {request_id for request_id, _ in finished} == {"1", "2"}
+    assert scheduler.pool.num_free == 200 - 2
 
 
 def test_a_cache_too_small_for_one_completion_is_refused():
