@@ -10,14 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels run without a GPU, slowly
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 # About half of what any policy writes is CORRECT, so no test depends on how good ours is.
 EASY = f"{ROOT / 'tests' / 'loop' / 'easy_verifier.py'}:EasyVerifier"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves out what the machine has no device for."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +42,6 @@ class Result:
 @pytest.fixture(scope="session")
 def restem() -> Callable[..., Result]:
     """Runs the command line in this process."""
-    import torch
-
     from restem_lightning.cli import main
 
     torch.set_num_threads(1)

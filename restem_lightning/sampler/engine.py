@@ -180,6 +180,8 @@ class Sampler:
         self.full_passes = engine.resolve_batch_invariant() and not self._rows_are_independent()
         eos = self.module.generation_config.eos_token_id
         self.eos_ids = tuple([eos] if isinstance(eos, int) else eos or [])
+        # The device need not wait for the host; on the CPU they are one.
+        self.lag = 0 if on_cpu else 1
         self.num_preemptions = 0
         self._machinery: tuple[dict[str, float], Machinery] | None = None
         self._scheduler: Scheduler | None = None
@@ -253,6 +255,7 @@ class Sampler:
                 decode_rows=self._decode_rows,
                 prefill_rows=self._prefill_rows,
                 max_tile_rows=self.ops.tile_rows(group),
+                lag=self.lag,
             )
             self._machinery = settings, machinery
         return self._machinery[1]

@@ -38,6 +38,7 @@ class Machinery:
         decode_rows: lanes to compute for how many are needed.
         prefill_rows: rows of a pass over prompts for how many are needed.
         max_tile_rows: rows of a tile over a shared segment.
+        lag: steps that the host stays behind the device.
     """
 
     ops: ModuleType
@@ -48,6 +49,7 @@ class Machinery:
     decode_rows: Callable[[int], int]
     prefill_rows: Callable[[int], int]
     max_tile_rows: int
+    lag: int
 
 
 def draw_settings(params: SamplingParams) -> dict[str, float]:
@@ -131,7 +133,6 @@ class Generation:
         self.eos_ids, self.stop = frozenset(eos_ids), stop
         self.settings = draw_settings(params)
         self.pending: deque[_Draws] = deque()
-        self.lag = 1 if machinery.lanes.device.type == "cuda" else 0
         self.lanes_in_use: set[int] = set()  # on the device
         self.changed = True  # whether other sequences run than in the step before
         machinery.lanes.clear(list(range(machinery.lanes.num_lanes)))
@@ -144,7 +145,7 @@ class Generation:
             self._prefill()
             yield from self._make_room()
             self._decode()
-            while len(self.pending) > (self.lag if scheduler.running else 0):
+            while len(self.pending) > (self.machinery.lag if scheduler.running else 0):
                 yield from self._read(self.pending.popleft())
 
     def _tiles(self) -> TileList:

@@ -1,5 +1,6 @@
-"""On the CPU in float32 a completion's tokens and log-probabilities are the same bits whatever
-else is in the batch.
+"""A completion's tokens and log-probabilities are the same bits whatever else is in the batch.
+
+On the CPU that holds by default; tests/sampler/test_gpu.py asks the same of a GPU.
 """
 
 import random
@@ -42,6 +43,16 @@ def test_order_of_requests_changes_nothing(
     assert draw(make_sampler(make_policy(family)), shuffled, PARAMS) == everything(family)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("num_requests", [1, 3, 7])
+def test_other_numbers_of_rows_give_the_same_bits(
+    dtype, num_requests, requests, make_policy, make_sampler, draw
+):
+    whole = draw(make_sampler(make_policy(), dtype=dtype, max_batch_size=40), requests, PARAMS)
+    some = draw(make_sampler(make_policy(), dtype=dtype), requests[:num_requests], PARAMS)
+    assert all(whole[address] == sample for address, sample in some.items())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_subset_draws_the_same_completions(
     family, everything, requests, make_policy, make_sampler, draw
@@ -76,6 +87,23 @@ def test_preempted_sequences_end_the_same(
     sampler = make_sampler(make_policy(family), cache_tokens=8 * 24)
     assert draw(sampler, requests, PARAMS) == everything(family)
     assert sampler.num_preemptions > 0
+
+
+@pytest.mark.parametrize("cache_tokens", [2048, 8 * 24])
+def test_a_host_that_is_a_step_behind_changes_nothing(
+    cache_tokens, everything, requests, make_policy, make_sampler, draw
+):
+    sampler = make_sampler(make_policy(), cache_tokens=cache_tokens)
+    sampler.lag = 1
+    assert draw(sampler, requests, PARAMS) == everything("llama")
+
+
+def test_passes_of_full_size_give_the_same_completions(
+    everything, requests, make_policy, make_sampler, draw
+):
+    sampler = make_sampler(make_policy(), prefill_tokens=64)
+    sampler.full_passes = True  # what batch_invariant does where a row depends on their number
+    assert draw(sampler, requests, PARAMS) == everything("llama")
 
 
 def test_a_second_run_of_one_sampler_is_the_same(requests, make_policy, make_sampler, draw):
