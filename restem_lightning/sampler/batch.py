@@ -98,7 +98,7 @@ def prefill_batch(
     tables: Tensor,
     unused_table: int,
     num_rows: Callable[[int], int],
-    device: torch.device,
+    to_device: Callable[[list, torch.dtype], Tensor],
 ) -> PrefillBatch:
     """Returns the tensors of a pass over parts of prompts.
 
@@ -109,7 +109,7 @@ def prefill_batch(
         unused_table: the row of `tables` that unused rows write to.
         num_rows: rows of the pass and rows of logits for how many are needed: constant or from few
             values, so that products keep their shapes.
-        device: where the tensors go.
+        to_device: makes a tensor of a list without waiting for the device.
     """
     token_ids, positions, own_tables, own_starts, num_shared = [], [], [], [], []
     logit_rows, prompts = [], []
@@ -133,12 +133,12 @@ def prefill_batch(
     unused = num_rows(len(token_ids)) - len(token_ids)
 
     def tensor(values: list, fill: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.tensor(values + [fill] * unused, dtype=dtype).to(device, non_blocking=True)
+        return to_device(values + [fill] * unused, dtype)
 
     work = Work(
-        tiles=torch.tensor(tiles.tiles, dtype=torch.int32).to(device),
-        num_tiles=torch.tensor([len(tiles.tiles)], dtype=torch.int32).to(device),
-        members=torch.tensor(tiles.members, dtype=torch.int32).to(device),
+        tiles=to_device(tiles.tiles, torch.int32),
+        num_tiles=to_device([len(tiles.tiles)], torch.int32),
+        members=to_device(tiles.members, torch.int32),
         tables=tables,
         positions=tensor(positions, 0),
         own_tables=tensor(own_tables, unused_table),
@@ -152,6 +152,6 @@ def prefill_batch(
     return PrefillBatch(
         token_ids=tensor(token_ids, 0, torch.int64),
         work=work,
-        logit_rows=torch.tensor(wanted, dtype=torch.int64).to(device),
+        logit_rows=to_device(wanted, torch.int64),
         prompts=prompts,
     )

@@ -214,7 +214,7 @@ class Generation:
             tables=lanes.tables,
             unused_table=lanes.unused_table,
             num_rows=self.machinery.prefill_rows,
-            device=lanes.device,
+            to_device=lanes.to_device,
         )
         logits = self.machinery.model(batch.token_ids, batch.work, batch.logit_rows)
         for row, prompt in enumerate(batch.prompts):

@@ -1,231 +1,381 @@
-"""Tokens per second of our Sampler against transformers' generate, in one process, taking turns.
+"""Tokens per second of our Sampler against other engines on one workload, and how near the limit.
 
     python scripts/benchmarks/bench_sampler.py --policy models/SmolLM2-135M-Instruct
-    python scripts/benchmarks/bench_sampler.py --quickstart
+    python scripts/benchmarks/bench_sampler.py --shape qwen2.5-1.5b --batch 512 --problems 64
+    python scripts/benchmarks/bench_sampler.py --policy DIR --profile
     python scripts/benchmarks/bench_sampler.py --quick
 
-With --policy: prompts of about 115 tokens (one example, then a question), 32 completions each of
-exactly 128 tokens (EOS is ignored, so that all do equal work), temperature 0.7, top-k 40; a batch
-of 64 is two such prompts, one of 128 four. With --quickstart: a tiny random model writes 300 x 8
-completions of up to 60 tokens. Both append to results/bench_sampler.jsonl; --quick only shows in
-seconds that everything runs. One model is in memory at a time.
+The workload is that of an E-step: a few-shot preamble that all problems share, a question each, n
+completions a problem, temperature 0.7, top-k 40. With --policy the prompts are GSM8K's format in
+the policy's own tokens; with --shape the model has random weights and the prompts random tokens.
+Completions have exactly --new-tokens tokens, or with --eos the lengths that the policy wrote, which
+the other engines then get as the lengths to write. Engines take turns, ours in this process, each
+other one in a process of its own (baselines.py), every repeat.
+
+Beside tokens per second it reports the share of the limit that the measured copy bandwidth and
+matrix rate of this machine allow (see `limit`), start-up and peak memory. Everything is appended
+to results/bench_sampler.jsonl; --quick only shows that it runs.
 """
 
 import argparse
-import statistics
+import json
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
 from record import record
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from restem_lightning.problems import Problem
+from restem_lightning.prompts import FewShotPrompt, encode_prompt
 from restem_lightning.sampler import EngineParams, Request, Sampler, SamplingParams
 
-# Name, arguments, and what loads a model and returns a function that runs once.
-Case = tuple[str, dict, Callable[[], Callable[[], int]]]
-EXAMPLE = """Question: A baker fills 4 trays with 12 rolls each and sells 30 of them before noon. \
-How many rolls are left?
-Answer: There are 4 * 12 = 48 rolls. After noon 48 - 30 = 18 are left. #### 18
-
-"""
-QUESTIONS = (
-    "A gardener plants 15 tulips on each of 6 days and then gives a third of them to a friend. "
-    "How many tulips does the gardener keep?",
-    "A train has 8 cars with 40 seats each, and 75 seats are empty when it leaves the station. "
-    "How many people sit in the train?",
-    "Lena reads 24 pages a day for 5 days and 36 pages on each of the next 2 days of her week. "
-    "How many pages does she read in all?",
-    "A shop buys 9 boxes of 20 candles for 2 dollars a candle and sells every one for 3 dollars. "
-    "What is the profit of the shop?",
+# Layers, hidden size, intermediate size, query heads, key heads, head size, vocabulary, tied.
+SHAPES = {
+    "tiny": ("llama", 2, 64, 128, 4, 2, 16, 512, True),
+    "smollm2-135m": ("llama", 30, 576, 1536, 9, 3, 64, 49152, True),
+    "qwen2.5-0.5b": ("qwen2", 24, 896, 4864, 14, 2, 64, 151936, True),
+    "qwen2.5-1.5b": ("qwen2", 28, 1536, 8960, 12, 2, 128, 151936, True),
+    "qwen2.5-7b": ("qwen2", 28, 3584, 18944, 28, 4, 128, 152064, False),
+    "qwen3-1.7b": ("qwen3", 28, 2048, 6144, 16, 8, 128, 151936, True),
+    "llama-3-8b": ("llama", 32, 4096, 14336, 32, 8, 128, 128256, False),
+    "gemma-3-1b": ("gemma3_text", 26, 1152, 6912, 4, 1, 256, 262144, True),
+}
+QUESTION = (
+    "A shop buys {} boxes of {} candles for 2 dollars a candle and sells every one for {} dollars. "
+    "On the next day it gives {} candles away. What is the profit of the shop?"
 )
 
 
-def tiny_model(vocab_size: int) -> LlamaForCausalLM:
-    """Returns a random Llama of the quickstart's size."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.05,
+def save_random(shape: str, folder: Path, dtype: torch.dtype) -> None:
+    """Saves a model of a shape with random weights."""
+    family, layers, hidden, inner, heads, key_heads, head_size, vocab, tied = SHAPES[shape]
+    config = AutoConfig.for_model(
+        family,
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        head_dim=head_size,
+        vocab_size=vocab,
+        tie_word_embeddings=tied,
+        max_position_embeddings=8192,
+        eos_token_id=1,
+        bos_token_id=0,
+        pad_token_id=0,
     )
-    return LlamaForCausalLM(config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.save_pretrained(folder)
 
 
-def prompts(policy: Path | None) -> list[tuple[int, ...]]:
-    """Returns the four prompts, in the policy's tokens or, without one, in bytes."""
-    texts = [f"{EXAMPLE}Question: {question}\nAnswer:" for question in QUESTIONS]
+def make_requests(policy: Path | None, arguments: argparse.Namespace) -> list[Request]:
+    """Returns the workload's prompts, each with its completions."""
+    indices = tuple(range(arguments.n))
     if policy is None:
-        return [tuple(text.encode()[-115:]) for text in texts]
-    tokenizer = AutoTokenizer.from_pretrained(policy)
-    return [tuple(tokenizer(text).input_ids) for text in texts]
-
-
-def ours(
-    folder: Path,
-    requests: list[Request],
-    params: SamplingParams,
-    engine: EngineParams,
-    *,
-    eos: bool,
-) -> Callable[[], int]:
-    """Returns a function that samples all requests once and returns the number of tokens."""
-    sampler = Sampler(folder, engine)
-    if not eos:
-        sampler.eos_ids = ()
-
-    def run() -> int:
-        samples = sampler.generate(requests, params, seed=0, iteration=0)
-        return sum(len(sample.token_ids) for sample in samples)
-
-    return run
-
-
-def transformers_generate(
-    folder: Path, prompt: tuple[int, ...], params: SamplingParams, dtype: str
-) -> Callable[[], int]:
-    """Returns a function that lets transformers write params.n completions of one prompt."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-
-    def run() -> int:
-        ids = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            do_sample=True,
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            max_new_tokens=params.max_new_tokens,
-            num_return_sequences=params.n,
-        )
-        return ids[:, len(prompt) :].numel()
-
-    return run
-
-
-def gsm8k_cases(
-    folder: Path,
-    policy: Path | None,
-    *,
-    n: int,
-    max_new_tokens: int,
-    batches: list[int],
-    dtypes: list[str],
-) -> Iterator[Case]:
-    """Yields the cases of the first workload."""
-    params = SamplingParams(n=n, max_new_tokens=max_new_tokens)
-    all_ids = prompts(policy)
-    common = {"model": policy.name if policy else "tiny", "prompt_tokens": len(all_ids[0])}
-    common |= {"n": n, "new_tokens": max_new_tokens, "temperature": 0.7, "top_k": 40}
-    for dtype in dtypes:
-        build = partial(transformers_generate, folder, all_ids[0], params, dtype)
-        yield "transformers generate", common | {"dtype": dtype, "batch": n}, build
-        for batch in batches:
-            requests = [
-                Request(request_id=str(index), prompt_ids=ids, indices=tuple(range(n)))
-                for index, ids in enumerate(all_ids[: max(1, batch // n)])
-            ]
-            engine = EngineParams(dtype=dtype, max_batch_size=batch, cache_tokens=256 * batch)
-            build = partial(ours, folder, requests, params, engine, eos=False)
-            yield "Sampler", common | {"dtype": dtype, "batch": batch}, build
-
-
-def quickstart_cases(folder: Path) -> Iterator[Case]:
-    """Yields the cases of the second workload."""
-    generator = torch.Generator().manual_seed(0)
-    requests = [
-        Request(
-            request_id=str(index),
-            prompt_ids=tuple(
-                torch.randint(3, 200, (30 + index % 20,), generator=generator).tolist()
-            ),
-            indices=tuple(range(8)),
-        )
-        for index in range(300)
+        generator = torch.Generator().manual_seed(0)
+        vocab = SHAPES[arguments.shape][-2]
+        draw = lambda n: tuple(torch.randint(2, vocab, (n,), generator=generator).tolist())  # noqa: E731
+        preamble = draw(arguments.preamble_tokens)
+        prompts = [
+            (preamble + draw(arguments.question_tokens), len(preamble))
+            for _ in range(arguments.problems)
+        ]
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(policy)
+        template = FewShotPrompt(shots="gsm8k_4shot.jsonl")
+        prompts = []
+        for number in range(arguments.problems):
+            text = QUESTION.format(9 + number, 20 + 3 * number, 3 + number % 5, 7 * number)
+            problem = Problem(problem_id=str(number), question=text, reference_answer="0")
+            prompts.append(encode_prompt(template, problem, tokenizer))
+    return [
+        Request(request_id=str(number), prompt_ids=tuple(ids), num_shared=shared, indices=indices)
+        for number, (ids, shared) in enumerate(prompts)
     ]
-    params = SamplingParams(n=8, temperature=1.0, top_k=0, max_new_tokens=60)
-    for batch in (64, 128, 256):
-        engine = EngineParams(dtype="float32", max_batch_size=batch)
-        build = partial(ours, folder, requests, params, engine, eos=True)
-        yield "Sampler quickstart", {"model": "tiny", "dtype": "float32", "batch": batch}, build
 
 
-def measure(build: Callable[[], Callable[[], int]]) -> float:
-    """Returns the tokens per second of one run; loading is not timed, the model goes afterwards."""
-    run = build()
-    start = time.perf_counter()
-    return run() / (time.perf_counter() - start)
+class Ours:
+    """Our sampler on the workload."""
+
+    def __init__(self, folder: Path, requests: list[Request], arguments: argparse.Namespace):
+        """Loads the policy and draws a few tokens."""
+        start = time.perf_counter()
+        self.engine = EngineParams(
+            dtype=arguments.dtype,
+            max_batch_size=arguments.batch,
+            batch_invariant=arguments.batch_invariant,
+            cache_tokens=arguments.cache_tokens,
+        )
+        self.sampler = Sampler(folder, self.engine)
+        self.startup_s = time.perf_counter() - start
+        self.requests = requests
+        if not arguments.eos:
+            self.sampler.eos_ids = ()
+        self.params = SamplingParams(
+            n=arguments.n, temperature=0.7, top_k=40, max_new_tokens=arguments.new_tokens
+        )
+        start = time.perf_counter()
+        self.run(requests[: 2 * arguments.batch // arguments.n + 1], iteration=0, most=4)
+        self.warmup_s = time.perf_counter() - start
+        self.lengths: dict[tuple[str, int], int] = {}
+
+    def run(self, requests: list[Request], *, iteration: int, most: int | None = None) -> int:
+        """Samples requests once and returns the number of tokens; at most some completions."""
+        tokens, self.lengths = 0, {}
+        samples = self.sampler.generate(requests, self.params, seed=0, iteration=iteration)
+        for count, sample in enumerate(samples, 1):
+            tokens += len(sample.token_ids)
+            self.lengths[sample.request_id, sample.index] = len(sample.token_ids)
+            if count == most:
+                break
+        return tokens
+
+    def measure(self, repeat: int) -> float:
+        """Returns the tokens per second of one run."""
+        if self.sampler.device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        tokens = self.run(self.requests, iteration=repeat)
+        return tokens / (time.perf_counter() - start)
 
 
-def main() -> None:
-    """Runs every case in turn, several times, prints a table and records it."""
+def measure_baseline(
+    engine: str, folder: Path, ours: Ours, arguments: argparse.Namespace
+) -> dict[str, object] | None:
+    """Returns the result of another engine on the same prompts and lengths, None if it failed."""
+    name, _, variant = engine.partition(":")
+    lengths = [
+        [ours.lengths[request.request_id, index] for index in request.indices]
+        for request in ours.requests
+    ]
+    workload = {
+        "policy": str(folder),
+        "dtype": arguments.dtype,
+        "prompts": [list(request.prompt_ids) for request in ours.requests],
+        "n": arguments.n,
+        "max_new_tokens": None if arguments.eos else arguments.new_tokens,
+        "lengths": lengths if arguments.eos else None,
+        "temperature": 0.7,
+        "top_k": 40,
+        "threads": arguments.threads,
+        "repeats": 1,
+        "max_batch_size": arguments.batch,
+        "prefix_caching": variant != "unshared",
+        "compile": variant != "eager",
+    }
+    if name.startswith("generate") and name != "generate_batch":
+        # One prompt at a time, each as long as the other: a few tell the speed.
+        few = max(1, arguments.generate_problems)
+        workload["prompts"] = workload["prompts"][:few]
+        workload["lengths"] = lengths[:few] if arguments.eos else None
+    python = arguments.vllm_python if name == "vllm" else sys.executable
+    script = Path(__file__).parent / "baselines.py"
+    done = subprocess.run(
+        [python, str(script), name],
+        input=json.dumps(workload),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        print(f"{engine}: no result (exit code {done.returncode})", file=sys.stderr)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def machine_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Returns copy bandwidth in bytes/s (read plus write) and matrix rate in FLOP/s, measured."""
+    on_gpu = device.type == "cuda"
+    source = torch.ones((2**30 if on_gpu else 2**27) // 4, device=device)
+    target = torch.empty_like(source)
+    size = 8192 if on_gpu else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+
+    def seconds(work) -> float:
+        times = []
+        for _ in range(6):
+            if on_gpu:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            work()
+            if on_gpu:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    copy = 2 * source.numel() * 4 / seconds(lambda: target.copy_(source))
+    return copy, 2 * size**3 / seconds(lambda: a @ b)
+
+
+def limit(ours: Ours, bandwidth: float, flops: float) -> float:
+    """Returns the tokens per second that bandwidth and matrix rate allow in steady state.
+
+    A decode step of B sequences, N of each prompt, with a mean of L own tokens in the cache takes
+    max(weights / bandwidth, 2 B parameters / rate) for the products and, one after the other, the
+    time to read the shared keys once a group and the own keys once, and to write and read logits.
+    """
+    module, cache = ours.sampler.module, ours.sampler.cache
+    embedding = module.get_input_embeddings().weight
+    tied = module.get_output_embeddings().weight is embedding
+    num = sum(parameter.numel() for parameter in module.parameters())
+    num -= (
+        0 if tied else embedding.numel()
+    )  # the head is read, rows of the embedding only looked up
+    element = embedding.element_size()
+    batch = min(ours.sampler.max_batch_size, sum(len(r.indices) for r in ours.requests))
+    per_token = 2 * len(cache.keys) * cache.head_shape[0] * cache.head_shape[1] * element
+    own = sum(ours.lengths.values()) / len(ours.lengths) / 2
+    prompts = [len(r.prompt_ids) - r.num_shared for r in ours.requests]
+    groups = batch / len(ours.requests[0].indices)
+    shared = ours.requests[0].num_shared + groups * sum(prompts) / len(prompts)
+    products = max(num * element / bandwidth, 2 * batch * num / flops)
+    keys = per_token * (batch * own + shared) / bandwidth
+    logits = batch * embedding.shape[0] * 3 * element / bandwidth
+    return batch / (products + keys + logits)
+
+
+def profile(ours: Ours) -> None:
+    """Prints where the time of some decode steps goes."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    activities = [ProfilerActivity.CPU]
+    if ours.sampler.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    machinery = ours.sampler._prepare(ours.params)
+    samples = ours.sampler.generate(ours.requests, ours.params, seed=0, iteration=99)
+    steps, graphs = 0, machinery.graphs
+    with torch_profile(activities=activities, with_stack=False) as traced:
+        start = time.perf_counter()
+        step = graphs.step
+
+        def counted(num_rows: int):
+            nonlocal steps
+            steps += 1
+            if steps > 40:
+                raise StopIteration
+            return step(num_rows)
+
+        graphs.step = counted
+        try:
+            next(samples)
+        except (StopIteration, RuntimeError):
+            pass
+        finally:
+            graphs.step = step
+        seconds = time.perf_counter() - start
+    key = "self_cuda_time_total" if len(activities) > 1 else "self_cpu_time_total"
+    print(traced.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60))
+    busy = sum(getattr(event, "self_device_time_total", 0) for event in traced.key_averages())
+    print(f"{seconds:.3f} s for {min(steps, 40)} steps; device busy {busy / 1e6 / seconds:.0%}")
+
+
+def parse() -> argparse.Namespace:
+    """Returns the arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--policy", type=Path, help="Hugging Face folder")
-    parser.add_argument("--quick", action="store_true", help="tiny random model, nothing recorded")
-    parser.add_argument("--quickstart", action="store_true", help="the workload of the quickstart")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--batches", type=int, nargs="+", default=[32, 64, 128])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="more only on an idle machine")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--policy", type=Path, help="Hugging Face folder")
+    what.add_argument("--shape", choices=SHAPES, help="random weights of this shape")
+    what.add_argument("--quick", action="store_true", help="seconds, nothing recorded")
+    parser.add_argument("--engines", nargs="*", default=["generate"], metavar="ENGINE",
+                        help="generate, generate_static, generate_batch, vllm, vllm:unshared (no "
+                        "prefix caching), vllm:eager (no compilation)")  # fmt: skip
+    parser.add_argument("--vllm-python", help="interpreter that has vLLM", default=sys.executable)
+    parser.add_argument("--problems", type=int, default=4)
+    parser.add_argument("--generate-problems", type=int, default=1,
+                        help="problems given to generate, which takes them one by one")  # fmt: skip
+    parser.add_argument("--preamble-tokens", type=int, default=900, help="with --shape")
+    parser.add_argument("--question-tokens", type=int, default=100, help="with --shape")
+    parser.add_argument("--n", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--eos", action="store_true", help="let the policy end its completions")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--cache-tokens", type=int, default=0, help="0: the engine's default")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--batch-invariant", default="auto", choices=["auto", "on", "off"])
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--profile", action="store_true", help="print the profile of a few steps")
     arguments = parser.parse_args()
-    if not (arguments.policy or arguments.quick or arguments.quickstart):
-        parser.error("give --policy DIR, --quick or --quickstart")
+    if arguments.quick:
+        arguments.shape, arguments.preamble_tokens, arguments.question_tokens = "tiny", 20, 8
+        arguments.n, arguments.new_tokens, arguments.problems = 4, 8, 2
+        arguments.cache_tokens = arguments.cache_tokens or 4096
+    return arguments
+
+
+def main() -> None:
+    """Runs every engine in turn, several times, prints a table and records it."""
+    arguments = parse()
     torch.set_num_threads(arguments.threads)
+    dtype = getattr(torch, arguments.dtype)
     with tempfile.TemporaryDirectory() as name:
         folder = arguments.policy or Path(name)
         if arguments.policy is None:
-            tiny_model(256 if arguments.quick else 200).save_pretrained(folder)
-        if arguments.quickstart:
-            cases = list(quickstart_cases(folder))
-        elif arguments.quick:
-            cases = list(
-                gsm8k_cases(
-                    folder,
-                    None,
-                    n=4,
-                    max_new_tokens=8,
-                    batches=[32],
-                    dtypes=arguments.dtypes,
-                )
-            )
-        else:
-            cases = list(
-                gsm8k_cases(
-                    folder,
-                    arguments.policy,
-                    n=32,
-                    max_new_tokens=128,
-                    batches=arguments.batches,
-                    dtypes=arguments.dtypes,
-                )
-            )
-        speeds: list[list[float]] = [[] for _ in cases]
-        for _ in range(arguments.repeats):
-            for speed, (case, settings, build) in zip(speeds, cases, strict=True):
-                speed.append(measure(build))
-                print(f"... {case} {settings['dtype']} {settings['batch']}: {speed[-1]:.0f}")
-    baseline = max(speeds[0])
-    for speed, (case, settings, _) in zip(speeds, cases, strict=True):
-        median, best = statistics.median(speed), max(speed)
+            save_random(arguments.shape, folder, dtype)
+        requests = make_requests(arguments.policy, arguments)
+        ours = Ours(folder, requests, arguments)
+        if arguments.profile:
+            profile(ours)
+            return
+        speeds: dict[str, list[float]] = {"Sampler": []}
+        details: dict[str, dict] = {
+            "Sampler": {"startup_s": ours.startup_s, "warmup_s": ours.warmup_s}
+        }
+        for repeat in range(1, arguments.repeats + 1):
+            speeds["Sampler"].append(ours.measure(repeat))
+            if repeat == 1:
+                rates = machine_rates(ours.sampler.device, dtype)
+                allowed = limit(ours, *rates)
+            for engine in arguments.engines:
+                result = measure_baseline(engine, folder, ours, arguments)
+                if result is not None:
+                    speeds.setdefault(engine, []).append(result["tokens"] / result["seconds"][0])
+                    details[engine] = result
+        report(speeds, details, allowed, rates, ours, arguments)
+
+
+def report(
+    speeds: dict[str, list[float]],
+    details: dict[str, dict],
+    allowed: float,
+    rates: tuple[float, float],
+    ours: Ours,
+    arguments: argparse.Namespace,
+) -> None:
+    """Prints the table and records each engine's line."""
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
+    for unneeded in ("engines", "vllm_python", "quick", "profile", "repeats"):
+        del settings[unneeded]
+    settings["policy"] = arguments.policy.name if arguments.policy else None
+    settings |= {
+        "prompt_tokens": len(ours.requests[0].prompt_ids),
+        "shared_tokens": ours.requests[0].num_shared,
+        "mean_length": round(sum(ours.lengths.values()) / len(ours.lengths), 1),
+        "copy_gb_per_s": round(rates[0] / 1e9, 1),
+        "matmul_tflops": round(rates[1] / 1e12, 3),
+        "limit_tokens_per_s": round(allowed, 1),
+    }
+    base = sorted(speeds["Sampler"])[len(speeds["Sampler"]) // 2]
+    for engine, values in speeds.items():
+        median = sorted(values)[len(values) // 2]
+        detail = details[engine]
         print(
-            f"{case:22} {settings['dtype']:9} batch {settings['batch']:4} {median:8.0f} tokens/s "
-            f"(best {best:.0f}, {best / baseline:.1f}x of the first line)"
+            f"{engine:20} {median:10,.0f} tokens/s  {median / allowed:6.1%} of the limit  "
+            f"ours is {base / median:5.2f}x  start-up {detail['startup_s']:.1f} s + "
+            f"{detail['warmup_s']:.1f} s"
         )
         if not arguments.quick:
-            record("bench_sampler", case, settings, speed, "tokens/s")
+            extra = {k: detail[k] for k in ("startup_s", "warmup_s", "versions") if k in detail}
+            record("bench_sampler", engine, settings | {"engine": extra}, values, "tokens/s")
 
 
 if __name__ == "__main__":
