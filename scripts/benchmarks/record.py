@@ -1,11 +1,13 @@
 """One JSON line per benchmark case: what was run, on what, how fast, how much memory."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -39,6 +41,24 @@ def cpu_model() -> str:
     return names[0] if names else platform.processor()
 
 
+def driver() -> str | None:
+    """Returns the version of the NVIDIA driver, None without one."""
+    if not torch.cuda.is_available() or (program := shutil.which("nvidia-smi")) is None:
+        return None
+    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.split("\n")[0].strip() or None
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of the libraries that make a difference, of those that are there."""
+    found = {}
+    for name in ("torch", "triton", "transformers", "flash-attn", "vllm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def percentiles(values: Sequence[float]) -> dict[str, float]:
     """Returns p20, p50 and p80 of repeated measurements (all equal for a single one)."""
     if len(values) == 1:
@@ -48,7 +68,13 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def record(
-    benchmark: str, case: str, arguments: Mapping[str, object], values: Sequence[float], unit: str
+    benchmark: str,
+    case: str,
+    arguments: Mapping[str, object],
+    values: Sequence[float],
+    unit: str,
+    *,
+    derived: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """Appends one case to results/<benchmark>.jsonl and returns what was written.
 
@@ -58,6 +84,7 @@ def record(
         arguments: everything that the case was run with.
         values: one measurement per repeat.
         unit: of the values, such as tokens/s.
+        derived: what follows from the values, such as the share of the machine's bandwidth.
     """
     cuda = torch.cuda.is_available()
     peak = torch.cuda.max_memory_allocated() if cuda else 0
@@ -67,6 +94,7 @@ def record(
         "arguments": dict(arguments),
         "unit": unit,
         **{name: round(value, 3) for name, value in percentiles(values).items()},
+        **(derived or {}),
         "repeats": len(values),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -74,7 +102,8 @@ def record(
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        "driver": driver(),
+        "versions": versions(),
         # Of the whole process so far, as Linux counts it: kilobytes.
         "peak_memory_mb": round(
             (peak / 2**20) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
