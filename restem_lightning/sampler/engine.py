@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import re
+import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ ROW_STEP = 8  # row counts of forward passes are multiples of this
 CPU_BATCH, CUDA_BATCH = 128, 512  # beyond about 512, products are bound by arithmetic
 CPU_PREFILL, CUDA_PREFILL = 512, 4096
 CPU_CACHE_TOKENS = 65536
+CUDA_LAG = 3  # steps that the host may stay behind, so that its other work does not stop the GPU
 CUDA_CACHE_SHARE = 0.85  # of the memory that is free once the weights are loaded
 
 
@@ -43,6 +46,8 @@ class EngineParams:
         block_size: tokens in a block of the KV cache.
         cache_tokens: tokens that the KV cache holds; 0 for 65536 on cpu, and on cuda for as many as
             fit in 85 % of the memory that is free.
+        threads: of the CPU, while sampling on it; 0 takes one or all that torch may use, whichever
+            is faster when a run starts: on a busy machine that is one, by far.
         batch_invariant: on computes every completion to the same bits whatever else is in the
             batch; auto is on for cpu (where it costs nothing with oneDNN), off for cuda (where it
             costs passes of full size).
@@ -55,6 +60,7 @@ class EngineParams:
     prefill_tokens: int = 0
     block_size: int = 32
     cache_tokens: int = 0
+    threads: int = 0
     batch_invariant: str = "auto"
 
     def __post_init__(self) -> None:
@@ -82,7 +88,8 @@ class EngineParams:
                 f"engine.device is {self.device}, but torch sees no GPU here; set it to cpu"
             )
         for name, least in (
-            ("max_batch_size", 0), ("prefill_tokens", 0), ("cache_tokens", 0), ("block_size", 1),
+            ("max_batch_size", 0), ("prefill_tokens", 0), ("cache_tokens", 0), ("threads", 0),
+            ("block_size", 1),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise UserError(f"engine.{name} ({getattr(self, name)}) must be at least {least}")
@@ -181,7 +188,7 @@ class Sampler:
         eos = self.module.generation_config.eos_token_id
         self.eos_ids = tuple([eos] if isinstance(eos, int) else eos or [])
         # The device need not wait for the host; on the CPU they are one.
-        self.lag = 0 if on_cpu else 1
+        self.lag = 0 if on_cpu else CUDA_LAG
         self.num_preemptions = 0
         self._machinery: tuple[dict[str, float], Machinery] | None = None
         self._scheduler: Scheduler | None = None
@@ -218,6 +225,28 @@ class Sampler:
                     if not torch.equal(projection(x[-rows:]), whole[-rows:]):
                         return False
         return True
+
+    @torch.inference_mode()
+    def _fastest_threads(self) -> int:
+        """Returns one or all threads, by the time of a few products; bits do not depend on it."""
+        most = torch.get_num_threads()
+        projections = self.model.projections[:8]
+        if most == 1 or not projections:
+            return most
+        inputs = [
+            torch.ones(self.num_lanes, p.weight.shape[1], dtype=self.dtype) for p in projections
+        ]
+        seconds = {}
+        for threads in (1, most):
+            torch.set_num_threads(threads)
+            times = []
+            for _ in range(4):
+                start = time.perf_counter()
+                for projection, x in zip(projections, inputs, strict=True):
+                    projection(x)
+                times.append(time.perf_counter() - start)
+            seconds[threads] = statistics.median(times)
+        return min(seconds, key=seconds.get)
 
     def _decode_rows(self, needed: int) -> int:
         if self.full_passes:
@@ -308,13 +337,19 @@ class Sampler:
             key_of=lambda request_id: address_key(seed, iteration, request_id),
         )
         self._scheduler = scheduler
-        yield from Generation(
-            self._prepare(params),
-            scheduler,
-            params,
-            eos_ids=self.eos_ids,
-            stop=StopStrings(params.stop, decode or (lambda ids: "")),
-        )
+        threads_before = torch.get_num_threads()
+        if self.device.type == "cpu":
+            torch.set_num_threads(self.engine.threads or self._fastest_threads())
+        try:
+            yield from Generation(
+                self._prepare(params),
+                scheduler,
+                params,
+                eos_ids=self.eos_ids,
+                stop=StopStrings(params.stop, decode or (lambda ids: "")),
+            )
+        finally:
+            torch.set_num_threads(threads_before)
         self.num_preemptions = scheduler.num_preemptions
 
     def cancel(self, request_id: str) -> None:

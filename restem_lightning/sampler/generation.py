@@ -1,7 +1,7 @@
 """One run of the sampler: prompts in, decode steps, completions out.
 
-On a GPU the host stays one step behind: it launches a step, then reads the tokens of the one
-before. A sequence that has ended is noticed one step late; what that step drew for it is dropped.
+On a GPU the host stays some steps behind: it launches a step, then reads the tokens of one before.
+A sequence that has ended is noticed that many steps late; what they drew for it is dropped.
 """
 
 from collections import deque

@@ -89,12 +89,13 @@ def test_preempted_sequences_end_the_same(
     assert sampler.num_preemptions > 0
 
 
+@pytest.mark.parametrize("lag", [1, 3])
 @pytest.mark.parametrize("cache_tokens", [2048, 8 * 24])
-def test_a_host_that_is_a_step_behind_changes_nothing(
-    cache_tokens, everything, requests, make_policy, make_sampler, draw
+def test_a_host_that_is_steps_behind_changes_nothing(
+    lag, cache_tokens, everything, requests, make_policy, make_sampler, draw
 ):
     sampler = make_sampler(make_policy(), cache_tokens=cache_tokens)
-    sampler.lag = 1
+    sampler.lag = lag
     assert draw(sampler, requests, PARAMS) == everything("llama")
 
 
@@ -151,6 +152,7 @@ def test_sizes_of_the_engine_change_no_token(requests, make_policy, make_sampler
         {"max_batch_size": 1},
         {"batch_invariant": "off"},
         {"prefill_tokens": 24},
+        {"threads": 2},
     ):
         assert tokens(**engine) == expected, engine
 
