@@ -5,6 +5,8 @@ I intermediate size, H query heads, K key heads, D head size, n cache blocks, S 
 P positions.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from restem_kernels.work import (
 _MASK = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
+_SQRT_HALF = 0x3F3504F3  # the bits of sqrt(0.5) in float32
 
 
 def _mul_hi_lo(multiplier: int, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,11 +55,38 @@ def philox(key: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple
     return c0, c1, c2, c3
 
 
+def _log(exponent: Tensor, fraction: Tensor) -> Tensor:
+    """Returns log(2**exponent * (1 + fraction)), for fraction in [sqrt(0.5) - 1, sqrt(2) - 1].
+
+    log(1 + f) = 2 atanh(f / (2 + f)); the terms of the series left out come to 3e-8.
+    """
+    s = fraction / (fraction + 2.0)
+    z = s * s
+    series = 1.0 + z * (1 / 3 + z * (1 / 5 + z * (1 / 7)))
+    return exponent * math.log(2.0) + (s + s) * series
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns exponent and fraction of a float32 for `_log`, both float32."""
+    bits = x.view(torch.int32)
+    exponent = (bits - _SQRT_HALF) >> 23
+    return exponent.float(), (bits - (exponent << 23)).view(torch.float32) - 1.0
+
+
 def to_gumbel(bits: Tensor) -> Tensor:
-    """Returns standard Gumbel noise, float32, made of words with values in [0, 2**32)."""
-    # The winner lies where the uniform is near 0, where float32 is dense: hence log1p(-u).
+    """Returns standard Gumbel noise, float32, made of words with values in [0, 2**32).
+
+    Written with IEEE additions, products and quotients alone, each rounded to float32 (no fused
+    multiply-add), because logarithms differ in their last bits between libraries and devices: so
+    the same words give the same noise, bit by bit, wherever it is computed. It lies within 4e-7,
+    relative where above 1, of -log(-log(1 - u)).
+    """
+    # The winner lies where the uniform is near 0, where float32 is dense: hence log(1 - u), and
+    # -u itself for the fraction of a 1 - u that is near 1.
     uniform = (bits.to(torch.float32) * 2.0**-32 + 2.0**-33).clamp_max(1.0 - 2.0**-24)
-    return -torch.log(-torch.log1p(-uniform))
+    exponent, fraction = _split(1.0 - uniform)
+    exponential = -_log(exponent, torch.where(exponent == 0, -uniform, fraction))
+    return -_log(*_split(exponential))
 
 
 def gumbel_noise(
