@@ -68,18 +68,22 @@ bench_kernels() {
 limit_shapes=400
 shapes() {
     if [ "$1" = yes ]; then $bench/bench_sampler.py --quick --engines; return; fi
-    for shape in qwen2.5-7b qwen2.5-0.5b smollm2-135m qwen3-1.7b llama-3-8b gemma-3-1b; do
+    [ ! -d "$policy" ] || $bench/bench_sampler.py --policy "$policy" --eos --batch 512 \
+        --problems 64 --new-tokens 256 --engines vllm --vllm-python "$vllm" --repeats 1
+    for shape in qwen2.5-7b qwen2.5-0.5b smollm2-135m; do
         $bench/bench_sampler.py --shape $shape --batch 512 --problems 32 --new-tokens 512 \
             --engines vllm --vllm-python "$vllm" --repeats 1
+    done
+    $bench/bench_sampler.py --shape qwen2.5-1.5b --batch 512 --problems 48 --new-tokens 512 \
+        --engines --repeats 1 --batch-invariant on
+    for shape in qwen3-1.7b llama-3-8b gemma-3-1b; do
+        $bench/bench_sampler.py --shape $shape --batch 512 --problems 32 --new-tokens 512 \
+            --engines --repeats 1
     done
     for batch in 64 128 256 1024; do
         $bench/bench_sampler.py --shape qwen2.5-1.5b --batch $batch --problems 48 \
             --new-tokens 512 --engines --repeats 1
     done
-    $bench/bench_sampler.py --shape qwen2.5-1.5b --batch 512 --problems 48 --new-tokens 512 \
-        --engines --repeats 1 --batch-invariant on
-    [ ! -d "$policy" ] || $bench/bench_sampler.py --policy "$policy" --eos --batch 512 \
-        --problems 64 --new-tokens 256 --engines vllm --vllm-python "$vllm" --repeats 1
 }
 limit_sanitizer=150
 sanitizer() {
@@ -106,7 +110,7 @@ fit() {
 }
 limit_growth=120
 growth() {
-    if [ "$1" = yes ]; then $bench/bench_growth.py --quick
+    if [ "$1" = yes ]; then $bench/bench_growth.py --quick --seconds 8
     else $bench/bench_growth.py --seconds 110; fi
 }
 
