@@ -13,7 +13,7 @@ from restem_lightning.errors import UserError
 
 VERBS = {
     "fit": "run ReST^EM: sample, verify, select, fine-tune, evaluate; resumes an unfinished run",
-    "sample": "draw and verify completions of a policy (the E-step alone)",
+    "sample": "draw and verify completions of a policy (the E-step alone), or draw one again",
     "verify": "judge given completions",
     "evaluate": "measure a policy: greedy pass@1, pass@k, maj@k",
     "report": "write the HTML report of runs, or print their metrics as JSON",

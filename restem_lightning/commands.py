@@ -16,11 +16,16 @@ from restem_lightning.problems import read_problems
 def sample(words: list[str]) -> None:
     """`restem sample`: draws and verifies completions into a folder of parquet parts; resumable.
 
+    With `--replay` it draws one stored completion again instead.
+
     Raises:
         UserError: for a user's mistake.
     """
     from restem_lightning.completions import CompletionStore
-    from restem_lightning.loop.e_step import EStepParams, fill_store, prepare_problems
+    from restem_lightning.loop.e_step import EStepParams
+    from restem_lightning.loop.parity import measure_parity, parity_warning
+    from restem_lightning.loop.quota import check_quota, count_skipped
+    from restem_lightning.loop.weights import release_memory
     from restem_lightning.run_dir import write_json
     from restem_lightning.selection import (
         SelectionParams,
@@ -28,40 +33,110 @@ def sample(words: list[str]) -> None:
         select_completions,
         write_accepted,
     )
+    from restem_lightning.settings import resolve_policy
 
+    if any(word.partition("=")[0] == "--replay" for word in words):
+        _replay(words)
+        return
     parser = _sampling_parser(
-        "sample", "Draws and verifies completions of a policy: the E-step alone. Resumable."
+        "sample",
+        "Draws and verifies completions of a policy: the E-step alone. Resumable. With --replay "
+        "ADDRESS it draws one stored completion again: see `restem sample --replay --help`.",
     )
     parser.add_argument("--output", type=str, required=True, help="Folder for parts and accepted.")
     parser.add_argument("--iteration", type=int, default=1, help="Part of the draws' address.")
     parser.add_class_arguments(SelectionParams, "selection")
     parser.add_class_arguments(EStepParams, "e_step")
     made = _parse(parser, words)
+    if made.e_step.stop_at_quota:
+        check_quota(made.selection)
     output = Path(made.output)
     store = CompletionStore(output / "completions")
+    eos_ids = _draw_sample(made, store)
+    selection = select_completions(store, **asdict(made.selection))
+    write_accepted(output / "accepted.parquet", end_with_eos(selection.accepted, eos_ids))
+    num_skipped = count_skipped(selection.funnel, made.sampling.n)
+    funnel = {**selection.funnel, "num_skipped": num_skipped}
+    write_json(output / "funnel.json", funnel)
+    print(json.dumps(funnel))
+    if made.e_step.parity_completions:
+        release_memory()
+        parity = measure_parity(
+            store,
+            resolve_policy(made.policy),
+            num_completions=made.e_step.parity_completions,
+            device=made.engine.resolve_device(),
+        )
+        write_json(output / "parity.json", parity)
+        if warning := parity_warning(parity, made.policy):
+            _warn(warning)
+    print(f"completions  {store.folder}\naccepted     {output / 'accepted.parquet'}")
+
+
+def _draw_sample(made: Any, store: Any) -> tuple[int, ...]:
+    """Fills a store; returns the policy's EOS ids and leaves nothing of it in memory."""
+    from restem_lightning.loop.e_step import fill_store, prepare_problems
+
     with _verifiers(made) as verifiers:
         problems = prepare_problems(
             read_problems(made.problems), verifiers, name="problems", warn=_warn
         )
-        policy = _policy(made)
-        fill_store(
-            store,
-            problems,
-            policy=policy,
-            template=made.prompt,
-            verifiers=verifiers,
-            params=made.sampling,
-            e_step=made.e_step,
-            seed=made.seed,
-            iteration=made.iteration,
-            show="sample",
+        stage = _stage(made, verifiers, made.iteration)
+        quota = made.selection if made.e_step.stop_at_quota else None
+        fill_store(store, problems, stage, e_step=made.e_step, quota=quota, show="sample")
+        return stage.policy.sampler.eos_ids
+
+
+def _replay(words: list[str]) -> None:
+    """`restem sample --replay`: draws one stored completion again and compares.
+
+    Raises:
+        UserError: for a user's mistake.
+    """
+    from restem_lightning.loop.replay import (
+        ADDRESS_HELP,
+        compare,
+        draw_again,
+        find_completion,
+        policy_that_drew,
+    )
+    from restem_lightning.loop.stage import engine_record, load_policy
+    from restem_lightning.sampler import EngineParams
+    from restem_lightning.settings import quiet_libraries
+
+    quiet_libraries()
+    parser = _parser("sample", "Draws one stored completion again, alone, and compares.")
+    parser.add_argument("--replay", type=str, required=True, help=f"{ADDRESS_HELP}.")
+    parser.add_argument(
+        "--policy",
+        type=str | None,
+        default=None,
+        help="Folder of the policy that drew it; if not given, the run folder tells.",
+    )
+    parser.add_class_arguments(EngineParams, "engine")
+    made = _parse(parser, words)
+    folder, stored = find_completion(made.replay)
+    drawn_on = json.loads(stored.engine)
+    known = drawn_on.keys() & vars(made.engine).keys()  # another version may have others
+    parser.set_defaults({f"engine.{name}": drawn_on[name] for name in known})
+    made = _parse(parser, words)
+    policy = load_policy(policy_that_drew(folder, stored, made.policy), made.engine)
+    sample = draw_again(stored, policy)
+    found, here = compare(stored, sample), engine_record(made.engine)
+    print(policy.decode(list(sample.token_ids)))
+    print(
+        f"\n{len(sample.token_ids)} tokens drawn, {len(stored.completion_ids)} stored, "
+        f"{'all' if found.is_equal else f'only the first {found.num_equal}'} equal; largest "
+        f"log-prob difference of these {found.max_abs_dlogp:.2g}"
+    )
+    if not found.is_equal:
+        print(
+            "equal tokens are promised only where engine.batch_invariant is on, on the same kind "
+            f"of machine; stored: {drawn_on['dtype']} on {drawn_on['device']}, batch_invariant "
+            f"{drawn_on['batch_invariant']}; now: {here['dtype']} on {here['device']}, "
+            f"batch_invariant {here['batch_invariant']}"
         )
-    selection = select_completions(store, **asdict(made.selection))
-    accepted = end_with_eos(selection.accepted, policy.sampler.eos_ids)
-    write_accepted(output / "accepted.parquet", accepted)
-    write_json(output / "funnel.json", selection.funnel)
-    print(json.dumps(selection.funnel))
-    print(f"completions  {store.folder}\naccepted     {output / 'accepted.parquet'}")
+        sys.exit(1)
 
 
 def verify(words: list[str]) -> None:
@@ -144,13 +219,8 @@ def evaluate(words: list[str]) -> None:
             name,
             problems,
             evaluation,
-            policy=_policy(made),
-            template=made.prompt,
-            verifiers=verifiers,
-            sampling=made.sampling,
+            _stage(made, verifiers, 0),
             e_step=EStepParams(),
-            seed=made.seed,
-            iteration=0,
         )
     metrics = measure(output, evaluation)
     write_json(output / "metrics.json", {"evaluation": {name: metrics}})
@@ -213,11 +283,19 @@ def _parse(parser: ArgumentParser, words: list[str]) -> Any:
     return parser.instantiate_classes(parser.parse_args(words))
 
 
-def _policy(made: Any) -> Any:
-    from restem_lightning.loop.e_step import load_policy
+def _stage(made: Any, verifiers: Any, iteration: int) -> Any:
+    """Returns what draws and judges, as the command line says."""
+    from restem_lightning.loop.stage import Stage, load_policy
     from restem_lightning.settings import resolve_policy
 
-    return load_policy(resolve_policy(made.policy), made.engine)
+    return Stage(
+        policy=load_policy(resolve_policy(made.policy), made.engine),
+        template=made.prompt,
+        verifiers=verifiers,
+        params=made.sampling,
+        seed=made.seed,
+        iteration=iteration,
+    )
 
 
 def _verifiers(made: Any) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from restem_lightning import __version__
@@ -23,7 +24,7 @@ from restem_lightning.run_dir import (
     write_json,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA_METADATA = {
     "schema_version": str(SCHEMA_VERSION),
     "written_by": f"restem_lightning {__version__}",
@@ -35,7 +36,9 @@ SCHEMA = pa.schema(
         ("problem_id", pa.string()),
         ("completion_index", pa.int32()),
         ("seed", pa.int64()),
+        ("purpose", _FEW_VALUES),
         ("prompt_ids", pa.list_(pa.int32())),
+        ("num_shared", pa.int32()),
         ("completion_ids", pa.list_(pa.int32())),
         ("text", pa.string()),
         ("logprobs", pa.list_(pa.float32())),
@@ -43,6 +46,7 @@ SCHEMA = pa.schema(
         ("finish_reason", _FEW_VALUES),
         ("policy_hash", _FEW_VALUES),
         ("sampling", _FEW_VALUES),
+        ("engine", _FEW_VALUES),
         ("verdict", _FEW_VALUES),
         ("reward", pa.float32()),
         ("extracted", pa.string()),
@@ -91,12 +95,14 @@ class Verdict:
 class Completion:
     """One sampled completion with its address, its tokens and its verdict.
 
+    It holds all that draws it again but the policy's weights: `restem sample --replay` does so.
+
     Args:
         iteration: the iteration whose E-step drew it (0 for an evaluation of the base model).
         problem_id: the problem it answers.
         completion_index: 0 .. n-1 within the problem.
-        seed: the run's seed; (seed, iteration, problem_id, completion_index, position) addresses
-            each draw.
+        seed: the run's seed; (seed, iteration, purpose, problem_id, completion_index, position)
+            addresses each draw.
         prompt_ids: token ids of the prompt that the policy saw.
         completion_ids: token ids that the policy wrote, EOS included if it wrote one.
         text: the completion as text, cut before the stop string if one ended it.
@@ -105,6 +111,10 @@ class Completion:
         finish_reason: "eos", "stop" (a stop string) or "length" (truncated).
         policy_hash: hash of the policy's weights.
         sampling: JSON of the sampling settings.
+        purpose: "" for the E-step; tells draws of an evaluation from those, see `Stage`.
+        num_shared: how many of prompt_ids the sampler took for the preamble of all prompts; it
+            computes these apart, which shows in the last bits of the log-probabilities.
+        engine: JSON of how the sampler used the machine, with the device and dtype that it chose.
         verdict: what the verifier said.
         verifier: name and version of the verifier, e.g. "math/1".
     """
@@ -121,6 +131,9 @@ class Completion:
     finish_reason: str
     policy_hash: str
     sampling: str
+    purpose: str = ""
+    num_shared: int = 0
+    engine: str = "{}"
     verdict: Verdict = field(default_factory=lambda: Verdict(kind=VerdictKind.ERROR))
     verifier: str = ""
 
@@ -148,7 +161,7 @@ class Part:
         path: the parquet file; its index entry is beside it, ending in .json.
         num_rows: completions in it.
         sha256: hex digest of the file's bytes.
-        problem_ids: the problems in it, each with all of its completions.
+        problem_ids: the problems in it, each with all of its completions that were drawn.
     """
 
     index: int
@@ -199,7 +212,7 @@ class CompletionStore:
 
         Args:
             index: number of the part, not finished before.
-            completions: all completions of some problems.
+            completions: all completions of some problems, but for those that a quota spared.
         """
         assert completions, "a part without completions would never count as finished"
         for completion in completions:
@@ -278,17 +291,21 @@ class CompletionStore:
             UserError: as `read`.
         """
         for part in self.parts():
-            with _part_errors(part), pq.ParquetFile(part.path) as file:
-                version = (file.schema_arrow.metadata or {}).get(b"schema_version", b"none")
-                if version.decode() != str(SCHEMA_VERSION):
-                    raise UserError(
-                        f"{part.path} has schema version {version.decode()}, this package reads "
-                        f"{SCHEMA_VERSION}; draw the pool again in another folder"
-                    )
-                if file.metadata.num_rows != part.num_rows:
-                    raise _damaged(part, f"it has {file.metadata.num_rows} rows, not the index's")
-                for batch in file.iter_batches(batch_size=4096, columns=list(columns)):
-                    yield batch.select(list(columns))
+            yield from _batches(part, columns)
+
+    def completions_of(self, problem_id: str) -> list[Completion]:
+        """Returns one problem's completions, reading its part only; none if it is in no part.
+
+        Raises:
+            UserError: as `read`.
+        """
+        return [
+            completion
+            for part in self.parts()
+            if problem_id in part.problem_ids
+            for batch in _batches(part, SCHEMA.names)
+            for completion in from_table(batch.filter(pc.field("problem_id") == problem_id))
+        ]
 
     def _part_path(self, index: int) -> Path:
         return self.folder / f"part-{index:05d}.parquet"
@@ -302,6 +319,21 @@ def _part(path: Path, record: dict[str, Any]) -> Part:
         sha256=record["sha256"],
         problem_ids=tuple(record["problem_ids"]),
     )
+
+
+def _batches(part: Part, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Yields the rows of a part."""
+    with _part_errors(part), pq.ParquetFile(part.path) as file:
+        version = (file.schema_arrow.metadata or {}).get(b"schema_version", b"none")
+        if version.decode() != str(SCHEMA_VERSION):
+            raise UserError(
+                f"{part.path} has schema version {version.decode()}, this package reads "
+                f"{SCHEMA_VERSION}; draw the pool again in another folder"
+            )
+        if file.metadata.num_rows != part.num_rows:
+            raise _damaged(part, f"it has {file.metadata.num_rows} rows, not the index's")
+        for batch in file.iter_batches(batch_size=4096, columns=list(columns)):
+            yield batch.select(list(columns))
 
 
 @contextmanager

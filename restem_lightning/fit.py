@@ -20,6 +20,7 @@ from restem_lightning.errors import UserError
 from restem_lightning.loop.callback import Loop, ReSTEMCallback
 from restem_lightning.loop.e_step import EStepParams, prepare_problems
 from restem_lightning.loop.evaluate import EvaluationParams
+from restem_lightning.loop.quota import check_quota
 from restem_lightning.loop.tracking import Tracker, TrackingParams
 from restem_lightning.m_step.datamodule import AcceptedDataModule
 from restem_lightning.m_step.module import PolicyModule
@@ -42,6 +43,7 @@ FREE_ON_RESUME = (
     "tracking",
     "verification",
     "engine.cache_tokens",
+    "e_step.parity_completions",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",
@@ -292,6 +294,8 @@ def _check_settings(config: Any, made: Any, run: RunDir) -> None:
             f"selection.max_per_problem ({most}) must be at most sampling.n ({n}); lower it or "
             "draw more"
         )
+    if made.e_step.stop_at_quota:
+        check_quota(made.selection)
     stop_callbacks(made.stop.rule, patience=made.stop.patience, folder=run.path)  # checks both
     if made.problems.validation is None and made.stop.rule != "none":
         raise UserError(

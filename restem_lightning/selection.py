@@ -311,7 +311,8 @@ def _by_problem(candidates: pa.Table) -> Iterator[tuple[str, list[_Candidate]]]:
         yield problem_id, list(zip(indices[start:stop], rows[start:stop], own_texts, strict=True))
 
 
-def _dedupe_key(dedupe: Dedupe) -> Callable[[str], Any]:
+def dedupe_key(dedupe: Dedupe) -> Callable[[str], Any]:
+    """Returns the function of a text that is equal for texts that count as the same."""
     if dedupe == "exact":
         return str
     if dedupe == "normalized":
@@ -323,7 +324,7 @@ def _distinct(problem: list[_Candidate], dedupe: Dedupe) -> list[_Candidate]:
     """Returns the first of all candidates that count as the same."""
     if dedupe == "none":
         return problem
-    key = _dedupe_key(dedupe)
+    key = dedupe_key(dedupe)
     first: dict[Any, _Candidate] = {}
     for candidate in problem:
         first.setdefault(key(candidate[2]), candidate)

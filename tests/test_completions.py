@@ -81,7 +81,7 @@ def test_chosen_columns_come_in_the_order_asked_for(tmp_path):
 
 def test_the_file_tells_its_schema_version(tmp_path):
     part = CompletionStore(tmp_path).write_part(0, [completion()])
-    assert pq.read_schema(part.path).metadata[b"schema_version"] == b"1"
+    assert pq.read_schema(part.path).metadata[b"schema_version"] == b"2"
 
 
 def test_another_schema_version_is_refused(tmp_path):

@@ -1,32 +1,33 @@
 """ReSTEMCallback: E-step before the weights are built, D_val in the M-step, export, metrics."""
 
-import gc
 import shutil
-import time
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from restem_lightning.completions import CompletionStore
 from restem_lightning.errors import UserError
-from restem_lightning.loop.e_step import EStepParams, Policy, fill_store, load_policy
+from restem_lightning.loop.e_step import EStepParams, fill_store
 from restem_lightning.loop.evaluate import EvaluationParams, draw_evaluation, measure, total_reward
+from restem_lightning.loop.parity import measure_parity, parity_warning
+from restem_lightning.loop.progress import Stopwatch
+from restem_lightning.loop.quota import count_skipped
 from restem_lightning.loop.ranks import barrier, is_rank_zero, rank_and_count
+from restem_lightning.loop.stage import Policy, Stage, load_policy
 from restem_lightning.loop.tracking import Tracker
+from restem_lightning.loop.weights import hand_over, release_memory
 from restem_lightning.m_step.export import export_policy, load_best
 from restem_lightning.problems import Problem
 from restem_lightning.prompts import PromptTemplate
 from restem_lightning.run_dir import IterationDir, RunDir, read_json, write_json
 from restem_lightning.sampler import EngineParams, SamplingParams
-from restem_lightning.sampler.weights import checksum
 from restem_lightning.selection import (
     SelectionParams,
     empty_reason,
@@ -55,7 +56,7 @@ class Loop:
         sampling: of the E-step.
         validation_sampling: of D_val.
         engine: how the sampler uses the machine.
-        e_step: size of parts, alarm.
+        e_step: size of parts, alarm, quota, parity.
         selection: which completions are accepted.
         evaluation: how policies are measured.
         tracker: sends metrics to where they are watched.
@@ -79,14 +80,16 @@ class Loop:
     tracker: Tracker
     check_stop: Callable[[], None]
 
-    def draw(self, policy: Policy) -> dict[str, Any]:
-        """Returns the arguments that every sampling stage of this run shares."""
-        return {
-            "policy": policy,
-            "template": self.template,
-            "verifiers": self.verifiers,
-            "seed": self.seed,
-        }
+    def stage(self, policy: Policy, iteration: int) -> Stage:
+        """Returns how a policy draws in an iteration, with the settings of the E-step."""
+        return Stage(
+            policy=policy,
+            template=self.template,
+            verifiers=self.verifiers,
+            params=self.sampling,
+            seed=self.seed,
+            iteration=iteration,
+        )
 
 
 class ReSTEMCallback(Callback):
@@ -104,6 +107,7 @@ class ReSTEMCallback(Callback):
         self.loop, self.iteration = loop, iteration
         self.sampler_policy, self.trained_from = sampler_policy, trained_from
         self.paths = loop.run.iteration(iteration)
+        self.parity_json = self.paths.path / "parity.json"
         self.validation_policy: Policy | None = None
         self.val_rewards: list[tuple[int, float]] = []
 
@@ -119,12 +123,13 @@ class ReSTEMCallback(Callback):
                 self._e_step(policy)
             del policy
             release_memory()
+        self._check_parity()
         funnel = read_json(self.paths.funnel)
         if funnel["accepted"] == 0:
             raise UserError(f"the accepted dataset is empty: {empty_reason(funnel)}")
         check_interval(trainer, -(-funnel["accepted"] // trainer.datamodule.batch_size))
         trainer.datamodule.accepted = str(self.paths.accepted)
-        self.watch = _Stopwatch(self.paths, "m_step")
+        self.watch = self._stopwatch("m_step")
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -180,7 +185,7 @@ class ReSTEMCallback(Callback):
     def _e_step(self, policy: Policy) -> None:
         """Draws, verifies and selects; writes accepted.parquet, then funnel.json."""
         loop, store = self.loop, CompletionStore(self.paths.completions)
-        watch = _Stopwatch(self.paths, "e_step")
+        watch = self._stopwatch("e_step")
 
         def on_part() -> None:
             watch.lap()
@@ -189,10 +194,9 @@ class ReSTEMCallback(Callback):
         fill_store(
             store,
             loop.train,
-            **loop.draw(policy),
-            params=loop.sampling,
+            loop.stage(policy, self.iteration),
             e_step=loop.e_step,
-            iteration=self.iteration,
+            quota=loop.selection if loop.e_step.stop_at_quota else None,
             show=f"E-step {self.iteration}",
             on_part=on_part,
         )
@@ -205,36 +209,54 @@ class ReSTEMCallback(Callback):
     def _select(self, store: CompletionStore, policy: Policy) -> None:
         store.verify_checksums()
         selection = select_completions(store, **asdict(self.loop.selection))
-        funnel = selection.funnel
+        num_skipped = count_skipped(selection.funnel, self.loop.sampling.n)
+        funnel = {**selection.funnel, "num_skipped": num_skipped}
         stages = ("completions", "not_truncated", "correct", "distinct", "accepted")
         print(
             f"iteration {self.iteration}: "
             + " -> ".join(f"{stage.replace('_', ' ')} {funnel[stage]}" for stage in stages)
             + f"; {funnel['num_solved']} of {funnel['num_problems']} problems solved"
+            + (f"; {num_skipped} not drawn, the quota was met" if num_skipped else "")
         )
         self.loop.tracker.log_completions(self.iteration, store, MAX_TABLE_ROWS)
         accepted = end_with_eos(selection.accepted, policy.sampler.eos_ids)
         write_accepted(self.paths.accepted, accepted)
+        self.parity_json.unlink(missing_ok=True)  # that of another pool
         write_json(self.paths.funnel, funnel)
+
+    def _check_parity(self) -> None:
+        """Lets the trainer's forward pass score a slice of the pool, once; the sampler is gone."""
+        num = self.loop.e_step.parity_completions
+        if num == 0:
+            return
+        if is_rank_zero() and not self.parity_json.exists():
+            watch = self._stopwatch("parity")
+            parity = measure_parity(
+                CompletionStore(self.paths.completions),
+                self.sampler_policy,
+                num_completions=num,
+                device=self.loop.engine.resolve_device(),
+            )
+            release_memory()
+            watch.lap()
+            if warning := parity_warning(parity, self.sampler_policy):
+                print(f"restem fit: iteration {self.iteration}: {warning}", file=sys.stderr)
+            write_json(self.parity_json, parity)
+        barrier()
 
     def _validation_reward(self, pl_module: LightningModule) -> float:
         """Returns the mean reward over D_val; each rank samples its share of the problems."""
         loop = self.loop
         if self.validation_policy is None:
             self.validation_policy = load_policy(pl_module.policy, loop.engine)
-        sampler = self.validation_policy.sampler
-        sampler.update_weights(live_weights(pl_module.model))
-        if sampler.checksum() != checksum(live_weights(pl_module.model), sampler.dtype):
-            raise RuntimeError("the sampler does not hold the weights that are being trained")
+        hand_over(pl_module.model, self.validation_policy.sampler)
         rank, num_ranks = rank_and_count()
         share = loop.validation[rank::num_ranks]
         total = torch.zeros(1, dtype=torch.float64, device=pl_module.device)
         if share:
+            stage = loop.stage(self.validation_policy, self.iteration)
             total += total_reward(
-                share,
-                **loop.draw(self.validation_policy),
-                params=loop.validation_sampling,
-                iteration=self.iteration,
+                share, replace(stage, params=loop.validation_sampling, purpose="validation/")
             )
         if num_ranks > 1:
             dist.all_reduce(total)
@@ -265,17 +287,15 @@ class ReSTEMCallback(Callback):
     def _measure(self, iteration: int, policy: Policy) -> None:
         """Evaluates a policy on every set and writes the iteration's metrics, then its manifest."""
         loop, paths = self.loop, self.loop.run.iteration(iteration)
-        watch = _Stopwatch(paths, "evaluation")
+        watch = Stopwatch(paths.path / "seconds.json", "evaluation")
         for name, problems in loop.held_out.items():
             draw_evaluation(
                 paths.path / "evaluation" / name,
                 name,
                 problems,
                 loop.evaluation,
-                **loop.draw(policy),
-                sampling=loop.sampling,
+                loop.stage(policy, iteration),
                 e_step=loop.e_step,
-                iteration=iteration,
                 on_part=watch.lap,
             )
         barrier()
@@ -313,6 +333,9 @@ class ReSTEMCallback(Callback):
             )
             _remove_checkpoints(paths.m_step)
 
+    def _stopwatch(self, stage: str) -> Stopwatch:
+        return Stopwatch(self.paths.path / "seconds.json", stage)
+
 
 def check_interval(trainer: Trainer, num_steps: int) -> None:
     """Checks that an epoch of num_steps optimizer steps is long enough for a look at D_val.
@@ -327,36 +350,6 @@ def check_interval(trainer: Trainer, num_steps: int) -> None:
             "of an epoch; lower it, give a share such as 0.5, or set "
             "trainer.check_val_every_n_epoch to null to count across epochs"
         )
-
-
-def live_weights(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields each parameter by name as a whole tensor; every rank must go through all of them."""
-    for name, parameter in model.named_parameters():
-        tensor = parameter.detach()
-        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def release_memory() -> None:
-    """Gives memory of dropped models back, so that sampler and trainer never add up."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-class _Stopwatch:
-    """Adds wall-clock seconds to a stage in seconds.json; a resumed stage goes on counting."""
-
-    def __init__(self, paths: IterationDir, stage: str):
-        self.path, self.stage, self.last = paths.path / "seconds.json", stage, time.monotonic()
-
-    def lap(self) -> None:
-        """Writes the time since the last lap down, so that a kill costs no more than a lap."""
-        now = time.monotonic()
-        if is_rank_zero():
-            record = read_json(self.path) if self.path.exists() else {}
-            record[self.stage] = round(record.get(self.stage, 0.0) + now - self.last, 3)
-            write_json(self.path, record)
-        self.last = now
 
 
 def _moved(path: str, folder: Path) -> str:
@@ -382,9 +375,11 @@ def _e_step_metrics(paths: IterationDir) -> dict[str, Any]:
         num_tokens += len(batch["completion_ids"].flatten())
         reasons.update(batch["finish_reason"].to_pylist())
     seconds = read_json(paths.path / "seconds.json").get("e_step", 0.0)
+    parity = paths.path / "parity.json"
     return {
         "num_problems": funnel["num_problems"],
         "num_completions": funnel["completions"],
+        "num_skipped": funnel["num_skipped"],
         "num_correct": funnel["correct"],
         "acceptance_rate": funnel["acceptance_rate"],
         "num_solved": funnel["num_solved"],
@@ -394,4 +389,5 @@ def _e_step_metrics(paths: IterationDir) -> dict[str, Any]:
         "tokens_per_s": round(num_tokens / seconds, 1) if seconds else None,
         "verdicts": funnel["verdicts"],
         "finish_reasons": dict(sorted(reasons.items())),
+        "parity": read_json(parity) if parity.exists() else None,
     }

@@ -8,12 +8,11 @@ from typing import Any
 
 from restem_lightning.completions import CompletionStore, VerdictKind
 from restem_lightning.errors import UserError
-from restem_lightning.loop.e_step import EStepParams, Policy, fill_store, verified_completions
+from restem_lightning.loop.e_step import EStepParams, fill_store
+from restem_lightning.loop.stage import Stage, verified_completions
 from restem_lightning.metrics import evaluate_table
 from restem_lightning.problems import Problem
-from restem_lightning.prompts import PromptTemplate
 from restem_lightning.sampler import SamplingParams
-from restem_lightning.verifiers import VerifierPool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,45 +78,31 @@ def draw_evaluation(
     name: str,
     problems: list[Problem],
     evaluation: EvaluationParams,
+    stage: Stage,
     *,
-    policy: Policy,
-    template: PromptTemplate,
-    verifiers: VerifierPool,
-    sampling: SamplingParams,
     e_step: EStepParams,
-    seed: int,
-    iteration: int,
     on_part: Callable[[], None] | None = None,
 ) -> None:
     """Draws the completions of one evaluation set into stores below a folder; resumable.
+
+    All n completions of each problem are drawn: a quota would bias pass@k and maj@k.
 
     Args:
         folder: gets a store `greedy` and a store `sampled`.
         name: of the set; part of the address of its draws.
         problems: of the set.
         evaluation: what to draw.
-        policy: what samples.
-        template: makes the prompts.
-        verifiers: a drained pool.
-        sampling: of the E-step.
-        e_step: size of parts.
-        seed: part of the address of every draw.
-        iteration: part of the address of every draw.
+        stage: what draws and judges; `params` are those of the E-step.
+        e_step: size of parts, alarm.
         on_part: called after each part that this rank has written.
     """
-    for stage, params in evaluation.stages(sampling).items():
+    for kind, params in evaluation.stages(stage.params).items():
         fill_store(
-            CompletionStore(folder / stage),
+            CompletionStore(folder / kind),
             problems,
-            policy=policy,
-            template=template,
-            verifiers=verifiers,
-            params=params,
+            replace(stage, params=params, purpose=f"evaluation/{name}/{kind}/"),
             e_step=e_step,
-            seed=seed,
-            iteration=iteration,
-            purpose=f"evaluation/{name}/{stage}/",
-            show=f"{name} {stage}",
+            show=f"{name} {kind}",
             on_part=on_part,
         )
 
@@ -134,30 +119,9 @@ def measure(folder: Path, evaluation: EvaluationParams) -> dict[str, Any]:
     return evaluate_table(samples, greedy, ks=evaluation.ks)
 
 
-def total_reward(
-    problems: Sequence[Problem],
-    *,
-    policy: Policy,
-    template: PromptTemplate,
-    verifiers: VerifierPool,
-    params: SamplingParams,
-    seed: int,
-    iteration: int,
-) -> float:
+def total_reward(problems: Sequence[Problem], stage: Stage) -> float:
     """Returns the sum of rewards of a policy on problems: what the M-step's stop rule looks at."""
-    return sum(
-        completion.verdict.reward
-        for completion in verified_completions(
-            ((problem, tuple(range(params.n))) for problem in problems),
-            policy=policy,
-            template=template,
-            verifiers=verifiers,
-            params=params,
-            seed=seed,
-            iteration=iteration,
-            purpose="validation/",
-        )
-    )
+    return sum(judged.completion.verdict.reward for judged in verified_completions(problems, stage))
 
 
 def _by_problem(folder: Path) -> Iterator[list[tuple[bool, str | None]]]:

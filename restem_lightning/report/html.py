@@ -12,6 +12,12 @@ from restem_lightning.errors import UserError
 from restem_lightning.run_dir import RunDir, atomic_path, read_json
 
 _STAGES = ("completions", "not_truncated", "correct", "distinct", "accepted")
+_PARITY = {
+    "max_abs_dlogp": "max |dlogp|",
+    "mean_abs_dlogp": "mean |dlogp|",
+    "mean_abs_dp": "mean |dp|",
+    "kl": "KL",
+}
 # Okabe and Ito's palette: told apart with any kind of colour vision.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _WIDTH, _HEIGHT = 380, 250
@@ -100,6 +106,9 @@ def write_report(
     for path, iterations in runs.items():
         body.append(f"<h2>Run: {escape(path)}</h2>")
         body += _run_tables(iterations)
+        example = f"{path}/iteration_1/completions:PROBLEM_ID:COMPLETION_INDEX"
+        body.append('<p class="note">To draw any completion again: ')
+        body.append(f"<code>restem sample --replay {escape(example)}</code></p>")
     page = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>ReST-EM report</title>'
         f"<style>{_CSS}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
@@ -209,6 +218,13 @@ def _run_tables(iterations: list[dict[str, Any]]) -> list[str]:
         for entry, e_step, funnel in zip(iterations, e_steps, funnels, strict=True)
     ]
     tables.append(f"<h3>From completions to the accepted dataset</h3>{_table(head, rows)}")
+    if any(funnel.get("num_skipped") for funnel in funnels):
+        tables.append(
+            '<p class="note">Not drawn: what the quota of a problem made needless. Rates '
+        )
+        tables.append("are over what was drawn, so they do not compare with a run that draws all.")
+        tables.append("</p>")
+    tables += _parity_table(iterations, e_steps)
     seconds = [(entry["metrics"] or {}).get("seconds") or {} for entry in iterations]
     stages = list(dict.fromkeys(chain.from_iterable(seconds)))
     rows = [
@@ -225,6 +241,21 @@ def _run_tables(iterations: list[dict[str, Any]]) -> list[str]:
     return tables
 
 
+def _parity_table(iterations: list[dict[str, Any]], e_steps: list[dict[str, Any]]) -> list[str]:
+    """Returns the table of how far sampler and trainer agree, if it was measured."""
+    rows = []
+    for entry, e_step in zip(iterations, e_steps, strict=True):
+        if parity := e_step.get("parity"):
+            values = (parity[name] for name in _PARITY)
+            shown = ["not finite" if value is None else f"{value:.1e}" for value in values]
+            verdict = "yes" if parity["within_bounds"] else "NO: do not trust this run"
+            rows.append([_title(entry), _count(parity["num_tokens"]), *shown, verdict])
+    if not rows:
+        return []
+    head = ["iteration", "tokens", *_PARITY.values(), "within bounds"]
+    return [f"<h3>Log-probabilities: sampler against trainer</h3>{_table(head, rows)}"]
+
+
 def _title(entry: dict[str, Any]) -> str:
     if entry["iteration"] == 0:
         return "0 (base model)"
@@ -234,8 +265,12 @@ def _title(entry: dict[str, Any]) -> str:
 def _funnel_cells(funnel: dict[str, Any]) -> list[str]:
     rate = funnel.get("acceptance_rate")
     verdicts = funnel.get("verdicts") or {}
+    completions, *others = (_count(funnel.get(stage)) for stage in _STAGES)
+    if skipped := funnel.get("num_skipped"):
+        completions += f" ({_count(skipped)} not drawn)"
     return [
-        *(_count(funnel.get(stage)) for stage in _STAGES),
+        completions,
+        *others,
         "-" if rate is None else f"{100 * rate:.1f} %",
         f"{_count(funnel.get('num_solved'))} / {_count(funnel.get('num_problems'))}",
         ", ".join(f"{kind} {count:,}" for kind, count in verdicts.items()) or "-",

@@ -25,9 +25,11 @@ def resume(restem, fit_words, callbacks):
 def undo(run, iteration, *, until):
     """Takes away what an iteration has written from a stage on, the last thing first."""
     paths = run.iteration(iteration)
-    order = ["manifest", "metrics", "evaluation", "policy", "m_step", "funnel", "accepted"]
+    others = {"evaluation": paths.path / "evaluation", "parity": paths.path / "parity.json"}
+    order = ["manifest", "metrics", "evaluation", "policy", "m_step", "parity", "funnel"]
+    order.append("accepted")
     for name in order[: order.index(until) + 1]:
-        path = paths.path / name if name == "evaluation" else getattr(paths, name)
+        path = others[name] if name in others else getattr(paths, name)
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -64,7 +66,7 @@ def test_a_kill_behind_the_last_optimizer_step_allowed_changes_nothing(
         assert outcome(run, 1) == outcome(whole, 1)
 
 
-@pytest.mark.parametrize("until", ["manifest", "metrics", "accepted"])
+@pytest.mark.parametrize("until", ["manifest", "metrics", "parity", "accepted"])
 def test_a_kill_between_stages_changes_nothing(until, finished, copy_of, resume, outcome):
     run = copy_of(finished.path)
     undo(run, 2, until=until)

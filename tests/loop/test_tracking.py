@@ -76,6 +76,9 @@ def test_metrics_carry_the_values_of_metrics_json(tracked):
         metrics = read_json(tracked.iteration(row["iteration"]).metrics)
         value = metrics["evaluation"]["held_out"]["pass@1"]["value"]
         assert row["iteration/evaluation/held_out/pass@1/value"] == value
+        if parity := metrics["e_step"].get("parity"):
+            assert row["iteration/e_step/parity/kl"] == parity["kl"]
+            assert row["iteration/e_step/num_skipped"] == 0
 
 
 def test_completions_go_there_as_a_table(tracked):

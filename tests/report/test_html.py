@@ -96,6 +96,32 @@ def test_the_report_charts_each_metric_with_a_point_per_evaluated_iteration(tmp_
         assert text in page
 
 
+def test_the_report_says_what_the_quota_spared_and_whether_sampler_and_trainer_agree(tmp_path):
+    run = make_run(tmp_path / "a")
+    measured = {"num_tokens": 5000, "mean_abs_dlogp": 2e-3, "mean_abs_dp": 1e-3, "kl": None}
+    for iteration, within in ((1, True), (2, False)):
+        record = metrics(iteration, 0.5)
+        record["e_step"]["parity"] = {**measured, "max_abs_dlogp": 0.25, "within_bounds": within}
+        write_json(run.iteration(iteration).metrics, record)
+    page = write_report([run.path], tmp_path / "report.html").read_text()
+    assert "not drawn" not in page.lower()
+    for text in ("5,000", "2.5e-01", "2.0e-03", "not finite", "yes", "NO: do not trust this run"):
+        assert f"<td>{text}</td>" in page
+    write_json(run.iteration(1).funnel, funnel() | {"num_skipped": 1600})
+    page = write_report([run.path], tmp_path / "report.html").read_text()
+    assert "<td>3,200 (1,600 not drawn)</td>" in page
+    assert "Not drawn: " in page
+    parser = Balance()
+    parser.feed(page)
+    assert parser.open == []
+
+
+def test_the_report_shows_how_to_draw_a_completion_again(tmp_path):
+    run = make_run(tmp_path / "a")
+    page = write_report([run.path], tmp_path / "report.html").read_text()
+    assert f"restem sample --replay {run.path}/iteration_1/completions:PROBLEM_ID" in page
+
+
 def test_chart_points_are_where_their_values_are(tmp_path):
     run = make_run(tmp_path / "a")
     for iteration, value in ((0, 0.05), (1, 0.95)):

@@ -1,0 +1,74 @@
+"""Quota: how many of a problem's completions must be drawn to know which are accepted."""
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from restem_lightning.completions import Completion
+from restem_lightning.errors import UserError
+from restem_lightning.selection import SelectionParams, dedupe_key
+
+
+def check_quota(selection: SelectionParams) -> None:
+    """Checks that drawing may stop at the quota without changing the accepted dataset.
+
+    Raises:
+        UserError: each further completion could change it, or there is no quota.
+    """
+    if selection.select != "first":
+        raise UserError(
+            f"selection.select ({selection.select}) chooses among all completions, so "
+            "e_step.stop_at_quota would change the accepted dataset; set selection.select to "
+            "first, or e_step.stop_at_quota to false"
+        )
+    if selection.max_per_problem is None:
+        raise UserError(
+            "selection.max_per_problem (null) must be a number with e_step.stop_at_quota; set it, "
+            "or e_step.stop_at_quota to false"
+        )
+
+
+def next_indices(
+    drawn: Sequence[Completion], n: int, quota: SelectionParams | None = None
+) -> tuple[int, ...]:
+    """Returns which completions of a problem to draw next; none if nothing more can be accepted.
+
+    "first" accepts the distinct correct completions of the lowest indices. If 0 .. m-1 hold as many
+    of them as the quota, whatever lies behind is not looked at, so it need not be drawn. What comes
+    next depends on nothing but 0 .. m-1, so how a run goes changes no pool.
+
+    Args:
+        drawn: the completions 0 .. m-1 with their verdicts.
+        n: completions of a problem at most.
+        quota: settings that `check_quota` lets pass, None to draw all n at once.
+    """
+    if quota is None:
+        return tuple(range(len(drawn), n))
+    num_accepted = len({_key(one, quota) for one in drawn if _is_acceptable(one)})
+    num_missing = quota.max_per_problem - num_accepted
+    if num_missing <= 0:
+        return ()
+    # As many as will do if the rest is like what was drawn.
+    num_next = num_missing
+    if drawn:
+        num_next = -(-num_missing * len(drawn) // max(1, num_accepted))
+    return tuple(range(len(drawn), min(n, len(drawn) + num_next)))
+
+
+def count_skipped(funnel: dict[str, Any], n: int) -> int:
+    """Returns how many completions of a pool were not drawn because of the quota.
+
+    Args:
+        funnel: of the selection from the pool.
+        n: completions per problem without a quota.
+    """
+    return funnel["num_problems"] * n - funnel["completions"]
+
+
+def _is_acceptable(completion: Completion) -> bool:
+    return completion.verdict.reward == 1.0 and completion.finish_reason != "length"
+
+
+def _key(completion: Completion, quota: SelectionParams) -> Hashable:
+    if quota.dedupe == "none":
+        return completion.completion_index
+    return dedupe_key(quota.dedupe)(completion.text)
