@@ -38,6 +38,7 @@ from restem_lightning.selection import (
 from restem_lightning.verifiers import VerifierPool
 
 MAX_TABLE_ROWS = 1000
+VALIDATION_CACHE_TOKENS = 65536  # of the sampler that measures D_val within the M-step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +249,10 @@ class ReSTEMCallback(Callback):
         """Returns the mean reward over D_val; each rank samples its share of the problems."""
         loop = self.loop
         if self.validation_policy is None:
-            self.validation_policy = load_policy(pl_module.policy, loop.engine)
+            # Beside the trainer's memory: not most of what happens to be free between its steps.
+            tokens = loop.engine.cache_tokens or VALIDATION_CACHE_TOKENS
+            engine = replace(loop.engine, cache_tokens=tokens)
+            self.validation_policy = load_policy(pl_module.policy, engine)
         hand_over(pl_module.model, self.validation_policy.sampler)
         rank, num_ranks = rank_and_count()
         share = loop.validation[rank::num_ranks]

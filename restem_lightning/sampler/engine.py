@@ -191,7 +191,6 @@ class Sampler:
         self.lag = 0 if on_cpu else CUDA_LAG
         self.num_preemptions = 0
         self._machinery: tuple[dict[str, float], Machinery] | None = None
-        self._scheduler: Scheduler | None = None
 
     def _count_blocks(self) -> int:
         engine = self.engine
@@ -336,7 +335,6 @@ class Sampler:
             ),
             key_of=lambda request_id: address_key(seed, iteration, request_id),
         )
-        self._scheduler = scheduler
         threads_before = torch.get_num_threads()
         if self.device.type == "cpu":
             torch.set_num_threads(self.engine.threads or self._fastest_threads())
@@ -351,12 +349,3 @@ class Sampler:
         finally:
             torch.set_num_threads(threads_before)
         self.num_preemptions = scheduler.num_preemptions
-
-    def cancel(self, request_id: str) -> None:
-        """Drops the completions of a request that `generate` has not yielded yet.
-
-        Args:
-            request_id: of a request of the present run; an unknown one is ignored.
-        """
-        if self._scheduler is not None:
-            self._scheduler.cancel(request_id)

@@ -267,7 +267,7 @@ class Generation:
     def _read(self, draws: _Draws) -> Iterator[Sample]:
         """Takes draws that have reached the host and yields the completions that they end."""
         for sequence, token, logprob, sampling_logprob in draws.read():
-            if sequence.ended or sequence.request_id in self.scheduler.cancelled:
+            if sequence.ended:
                 continue
             sequence.token_ids.append(token)
             sequence.logprobs.append(logprob)

@@ -70,7 +70,6 @@ class Scheduler:
         self.prefilling: deque[tuple[Segment, Request]] = deque()
         self.ready: deque[Sequence] = deque()
         self.running: dict[Sequence, None] = {}  # in the order of their start
-        self.cancelled: set[str] = set()
         self.free_lanes = list(range(limits.num_lanes))
         # Rows of the block tables: one a lane, one for unused rows, then one a segment.
         self.free_tables: list[int] = []
@@ -137,22 +136,6 @@ class Scheduler:
         """Takes a running sequence out and frees what only it needed."""
         self._stop_running(sequence)
         self._leave(sequence.prompt)
-
-    def cancel(self, request_id: str) -> None:
-        """Drops what is left of a request that has been taken."""
-        self.cancelled.add(request_id)
-        if self.next_request and self.next_request.request_id == request_id:
-            self.next_request = next(self.requests, None)
-        for sequence in [s for s in self.running if s.request_id == request_id]:
-            self.finish(sequence)
-        waiting = [s for s in self.ready if s.request_id == request_id]
-        for sequence in waiting:
-            self.ready.remove(sequence)
-            self._leave(sequence.prompt)
-        for prompt, request in [p for p in self.prefilling if p[1].request_id == request_id]:
-            self.prefilling.remove((prompt, request))
-            prompt.num_users = 1
-            self._leave(prompt)
 
     def compact(self, num_lanes: int) -> list[tuple[int, int]]:
         """Moves running sequences to the first num_lanes lanes; returns the (from, to) pairs."""

@@ -313,7 +313,8 @@ def require(module: str) -> None:
     try:
         importlib.import_module(module)
     except (ImportError, OSError) as error:
-        problem = f"{sys.executable} cannot import {module} ({error})"
+        reason = " ".join(str(error).split())
+        problem = f"{sys.executable} cannot import {module} ({reason})"
         raise UserError(f"{problem}; start this script with one that can") from None
 
 

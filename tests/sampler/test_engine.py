@@ -84,26 +84,6 @@ def test_stop_strings_without_a_decoder_are_refused(
         draw(make_sampler(make_policy()), [request_of_many], SamplingParams(stop=("x",)))
 
 
-def test_a_cancelled_request_yields_nothing_more(make_policy, make_sampler, draw, prompt):
-    sampler = make_sampler(make_policy(), max_batch_size=8)
-    sampler.eos_ids = ()
-    requests = [
-        Request(request_id=name, prompt_ids=prompt(9 + place), indices=tuple(range(6)))
-        for place, name in enumerate("abc")
-    ]
-    params = SamplingParams(n=6, temperature=1.0, max_new_tokens=5)
-    whole = draw(sampler, requests, params)
-    kept = {}
-    for sample in sampler.generate(requests, params, seed=0, iteration=1):
-        kept[sample.request_id, sample.index] = sample
-        # One running, one waiting behind it, one that is over, one that never was.
-        for name in {"b": ("b", "c"), "a": ("nobody",)}[sample.request_id]:
-            sampler.cancel(name)
-    assert {name for name, _ in kept} == {"a", "b"}
-    assert len([name for name, _ in kept if name == "b"]) == 1
-    assert all(whole[address] == sample for address, sample in kept.items())
-
-
 @pytest.mark.parametrize("shares", [True, False])
 def test_preambles_that_nobody_needs_make_room_for_others(
     shares, make_policy, make_sampler, draw, prompt

@@ -199,22 +199,6 @@ def test_a_request_whose_prompt_is_all_preamble_keeps_its_last_token():
     assert list(scheduler.preambles) == [(1, 2, 3)]
 
 
-@pytest.mark.parametrize("when", ["prefilling", "ready", "running"])
-def test_a_cancelled_request_leaves_nothing_behind(when):
-    scheduler = make_scheduler(some_requests(num=3), lanes=2, tokens=64)
-    scheduler.plan_prefill()
-    if when != "prefilling":
-        scheduler.complete_prefill()
-    if when == "running":
-        scheduler.admit()
-        scheduler.grow()
-    scheduler.cancel("0")
-    check(scheduler)
-    finished, _ = play(scheduler, length_of)
-    assert {request_id for request_id, _ in finished} == {"1", "2"}
-    assert scheduler.pool.num_free == 200 - 2
-
-
 def test_a_cache_too_small_for_one_completion_is_refused():
     scheduler = make_scheduler(some_requests(shared=8), num_blocks=5)
     with pytest.raises(UserError, match=r"engine\.cache_tokens \(20\) must hold"):
