@@ -83,6 +83,19 @@ _POWERS = {"square": "2", "sq": "2", "cubic": "3"}
 # Words that change the value of the number before them, or that hedge.
 _NO_NOUNS = frozenset(
     (
+        *("zero", "zeroe", "four", "five", "six", "seven", "eight", "nine", "eleven", "twelve"),
+        *(
+            "twenty",
+            "thirty",
+            "fifty",
+            "grand",
+            "point",
+            "below",
+            "above",
+            "under",
+            "gross",
+            "each",
+        ),
         *("t", "and", "or", "not", "to", "minus", "plus", "times", "over", "hundred", "thousand"),
         *("million", "billion", "trillion", "dozen", "score", "half", "halve", "third"),
         *("quarter", "double", "triple", "pair", "percent", "percentage", "more", "less"),
@@ -188,9 +201,16 @@ def is_unit_allowed(unit: str, other: str) -> bool:
 
 
 def _is_noun(words: list[str]) -> bool:
-    return len(words[0]) > 1 and not any(
-        word.rstrip("s") in _NO_NOUNS or word.rstrip("s").endswith("th") or word in _NO_NOUNS
-        for word in words
+    is_short = len(words) <= 4 and max(map(len, words)) <= 20
+    return (
+        is_short
+        and len(words[0]) > 1
+        and not any(
+            word.rstrip("s") in _NO_NOUNS
+            or word.rstrip("s").endswith(("th", "fold"))
+            or word in _NO_NOUNS
+            for word in words
+        )
     )
 
 

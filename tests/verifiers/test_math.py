@@ -71,6 +71,8 @@ DIFFERENT = [
         ("5", "5 hundredths"),
         ("5", "5 or so"),
     ],
+    *[("5", f"5 {words}") for words in ("zeros", "point five", "fold", "grand", "below zero", "k")],
+    *[("5", "5 " + "a" * 40), ("5", "5 five-fold"), ("9\\text{ a.m.}", "9\\text{ p.m.}")],
     # Values that rounding cannot tell apart, and letters in another order.
     *[(r"\sqrt{2}", r"\sqrt{2}+10^{-40}"), ("x", "x+10^{-300}"), ("AB", "BA"), ("1/2x", "x/2")],
     *[(r"\sqrt{x^2}", "x"), ("x<5", "5<x"), ("-x<5", "x<-5"), ("x=1,2", "x=1"), ("5", "[5]")],
