@@ -170,7 +170,7 @@ def _perturbed_structures(reference):
         if items[0] != items[1] and "frac" not in inner:
             yield reference[0] + ",".join([items[1], items[0], *items[2:]]) + reference[-1]
     if r"\cup" in reference:
-        first, second = reference.split(r"\cup")
+        first, _, second = reference.partition(r"\cup")
         yield from (
             first,
             second,
