@@ -8,7 +8,10 @@ MAX_POWER_BITS = 4_000
 _WRAPPED = re.compile(r"\\(?:boxed|fbox|text|displaystyle)\s*\{(.*)\}", re.DOTALL)
 _TEXT_COMMAND = re.compile(r"\\(?:mathrm|mathbf|mathit|textbf|textrm|textit|textnormal|mbox)\s*\{")
 _REPLACEMENTS = (
-    (re.compile(r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])|(?<!\\)\\!|\\?\$"), ""),
+    # A money sign is escaped, or stands alone before a number; any other $ delimits mathematics.
+    (re.compile(r"\\\$|\A\s*\$(?=\s*[-\d.][^$]*\Z)|(?<=\A-)\$(?=[^$]*\Z)"), r"\\dollar "),
+    (re.compile(r"(?<=\d),\\!\s*(?=\d{3})"), ","),
+    (re.compile(r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])|(?<!\\)\\!|\$"), ""),
     (_TEXT_COMMAND, r"\\text{"),
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\frac\s*(\d)\s*(\d)"), r"\\frac{\1}{\2}"),
@@ -16,6 +19,10 @@ _REPLACEMENTS = (
     (re.compile(r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])"), " "),
     (re.compile(r"\\%"), "%"),
     (re.compile(r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ|\\degree|\u00b0"), r"^\\circ"),
+    (re.compile(r"\\leq(?:slant)?(?![A-Za-z])|<=|\u2264"), r"\\le "),
+    (re.compile(r"\\geq(?:slant)?(?![A-Za-z])|>=|\u2265"), r"\\ge "),
+    (re.compile(r"\\neq(?![A-Za-z])|\u2260"), r"\\ne "),
+    (re.compile("\u222a"), r"\\cup "),
     (re.compile("\u2212"), "-"),
     (re.compile("\u00d7"), r"\\times "),
     (re.compile("\u03c0"), r"\\pi "),
@@ -35,9 +42,11 @@ _SCIENTIFIC = re.compile(
     r"([\d.,]+)(?:\\times|\\cdot|\*)10\^\{?(-?\d{1,3})\}?|([\d.]+)[eE](-?\d{1,3})"
 )
 _POWER = re.compile(r"(\d{1,50})\^\{?(-?\d{1,4})\}?")
+_REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\{(\d{1,50})\}")
 _UNIT = re.compile(
-    r"(?P<value>.*[\d}.])"
-    r"(?: ?\\text\{ ?(?P<text>[A-Za-z ]+)\.?\}| ?(?P<word>[A-Za-z]{2}[A-Za-z ]*))"
+    r"(?P<value>.*?[\w}).])"
+    r"(?: ?\\text\{ ?(?P<text>[A-Za-z][A-Za-z ./-]*)\}"
+    r"|(?<=[\d}.])(?P<word>[A-Za-z]{2}[A-Za-z ]*)| (?P<noun>[A-Za-z]{2}[A-Za-z ]*))"
     r"(?:\^\{?(?P<power>[23])\}?)?"
 )
 _UNITS = {
@@ -71,6 +80,32 @@ _UNITS = {
     **dict.fromkeys(("mph", "miles per hour"), "mph"),
 }
 _POWERS = {"square": "2", "sq": "2", "cubic": "3"}
+# Words that change the value of the number before them, or that hedge.
+_NO_NOUNS = frozenset(
+    (
+        *("zero", "zeroe", "four", "five", "six", "seven", "eight", "nine", "eleven", "twelve"),
+        *(
+            "twenty",
+            "thirty",
+            "fifty",
+            "grand",
+            "point",
+            "below",
+            "above",
+            "under",
+            "gross",
+            "each",
+        ),
+        *("t", "and", "or", "not", "to", "minus", "plus", "times", "over", "hundred", "thousand"),
+        *("million", "billion", "trillion", "dozen", "score", "half", "halve", "third"),
+        *("quarter", "double", "triple", "pair", "percent", "percentage", "more", "less"),
+        *("fewer", "remainder", "squared", "square", "cubed", "factorial", "mod", "modulo"),
+        *("base", "negative", "infinity", "so", "maybe", "else", "ten", "one", "two", "three"),
+        *("pi", "theta", "alpha", "beta", "gamma", "delta", "lambda", "phi", "omega", "sin"),
+        *("cos", "tan", "cot", "sec", "csc", "log", "exp", "sqrt", "of"),
+    )
+)
+_MATRIX = re.compile(r"\\begin\{[pb]?matrix\}((?:(?!\\begin).)*)\\end\{[pb]?matrix\}", re.DOTALL)
 _CONJUNCTION = re.compile(r"\\text\{ ?(?:or|and) ?\}|\b(?:or|and)\b")
 _OPENING, _CLOSING = "([{", ")]}"
 
@@ -114,6 +149,11 @@ def exact_number(text: str) -> Fraction | None:
         if top is None or not bottom or (whole and not 0 < top < bottom):
             return None
         return sign * (int(whole or 0) + top / bottom)
+    if match := _REPEATING.fullmatch(text):
+        whole, fixed, period = match.groups()
+        scale = 10 ** len(fixed)
+        tail = Fraction(int(period), scale * (10 ** len(period) - 1))
+        return sign * (Fraction(int(whole + fixed or "0"), scale) + tail)
     if match := _SCIENTIFIC.fullmatch(text):
         factor = exact_number(match[1] or match[3])
         return None if factor is None else sign * factor * Fraction(10) ** int(match[2] or match[4])
@@ -126,19 +166,61 @@ def exact_number(text: str) -> Fraction | None:
 
 def quantity(text: str) -> tuple[Fraction | None, str]:
     """Returns the exact value of a number and its unit ("" for none, "%", "cm2", ...)."""
-    if text.endswith("%"):
-        return exact_number(text[:-1].strip()), "%"
-    if text.endswith(r"^\circ"):
-        return exact_number(text.removesuffix(r"^\circ")), "degree"
+    value, unit = split_unit(text)
+    return exact_number(value), unit
+
+
+def split_unit(text: str) -> tuple[str, str]:
+    r"""Returns a text without its unit, and the unit: "" for none, "%", "dollar", "cm2", "eggs".
+
+    A noun is a unit too, unless it changes the value (dozen, hundredths) or hedges.
+    """
+    if match := re.match(r"(-?)\\dollar ?(?=[-\d.\\])", text):
+        value, unit = split_unit(match[1] + text[match.end() :])
+        return (value, "dollar") if unit in ("", "dollar") else (text, "")
+    for ending, unit in (("%", "%"), (r"^\circ", "degree")):
+        value = text.removesuffix(ending).strip()
+        if value != text and exact_number(value) is not None:
+            return value, unit
     if match := _UNIT.fullmatch(text):
-        words = (match["text"] or match["word"]).lower().split()
+        words = (match["text"] or match["word"] or match["noun"]).lower().replace(".", "").split()
         power = match["power"] or ""
         if len(words) > 1 and words[0] in _POWERS:
             power = _POWERS[words.pop(0)]
         unit = _UNITS.get(" ".join(words))
+        if unit is None and not match["word"] and words and _is_noun(words):
+            unit = " ".join(words).rstrip("s")
         if unit is not None:
-            return exact_number(match["value"].strip()), unit + power
-    return exact_number(text), ""
+            return match["value"].strip(), unit + power
+    return text, ""
+
+
+def is_unit_allowed(unit: str, other: str) -> bool:
+    """Returns whether two units agree: the same, or left out on one side."""
+    return unit == other or not unit or not other
+
+
+def _is_noun(words: list[str]) -> bool:
+    is_short = len(words) <= 4 and max(map(len, words)) <= 20
+    return (
+        is_short
+        and len(words[0]) > 1
+        and not any(
+            word.rstrip("s") in _NO_NOUNS
+            or word.rstrip("s").endswith(("th", "fold"))
+            or word in _NO_NOUNS
+            for word in words
+        )
+    )
+
+
+def matrix_rows(text: str) -> list[list[str]] | None:
+    """Returns the cells of a matrix row by row, None if the text is no matrix."""
+    match = _MATRIX.fullmatch(text)
+    if match is None:
+        return None
+    rows = [row for row in match[1].split(r"\\") if row.strip()]
+    return [[bare(cell) for cell in row.split("&")] for row in rows]
 
 
 def split_items(text: str) -> tuple[str, list[str]]:
@@ -155,24 +237,23 @@ def split_items(text: str) -> tuple[str, list[str]]:
         items = [bare(item) for item in _split(inner)]
         if _is_balanced(inner) and (len(items) > 1 or is_set):
             return plain[0] + plain[-1], items
-    parts = _split(_CONJUNCTION.sub("\0", _expand_sign(text)))
-    return "", [bare(part) for part in parts]
+    parts = _split(_CONJUNCTION.sub("\0", text))
+    return "", [bare(value) for part in parts for value in _expand_sign(part)]
 
 
-def _expand_sign(text: str) -> str:
+def _expand_sign(text: str) -> list[str]:
     r"""Writes a\pm b as the two values that it stands for."""
-    if text.count(r"\pm") != 1:
-        return text
-    plus = text.replace(r"\pm", "+").removeprefix("+")
-    return plus + "\0" + text.replace(r"\pm", "-")
+    if len(re.findall(r"\\pm(?![A-Za-z])", text)) != 1:
+        return [text]
+    return [text.replace(r"\pm", "+").strip().removeprefix("+"), text.replace(r"\pm", "-")]
 
 
 def _split(text: str) -> list[str]:
-    """Splits at commas (and separators) outside brackets."""
+    """Splits at commas, semicolons and separators outside brackets."""
     items, depth = [""], 0
     for char in text:
         depth += (char in _OPENING) - (char in _CLOSING)
-        if depth == 0 and char in ",\0":
+        if depth == 0 and char in ",;\0":
             items.append("")
         else:
             items[-1] += char

@@ -1,0 +1,269 @@
+"""Comparison of two answers: text, exact numbers, words, structures, then algebra.
+
+Each step either decides or leaves the pair to the next; what no step can read is not equal.
+"""
+
+import re
+from fractions import Fraction
+
+from restem_lightning.verifiers.answers import (
+    bare,
+    exact_number,
+    is_unit_allowed,
+    matrix_rows,
+    nesting,
+    quantity,
+    split_items,
+    split_unit,
+)
+from restem_lightning.verifiers.expressions import Tree, UnreadableError, parse
+from restem_lightning.verifiers.values import are_equal, are_proportional, value_of
+
+MAX_COMPARED = 1_000
+MAX_DEPTH = 50
+MAX_ITEMS = 16
+
+_BASE = re.compile(r"(-?[0-9A-Za-z.]+)_(?:\{(\d{1,2})\}|(\d))")
+_NAMED = re.compile(r"([A-Za-z]+(?:_\{?\w\}?)?(?:\([a-z]\))?)=")
+_MEMBER = re.compile(r"([A-Za-z])\\in(?![A-Za-z])(.+)")
+_SIGN = re.compile(r"(\\(?:le|ge|ne|lt|gt)(?![A-Za-z])|[=<>])")
+_SIGNS = {r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\lt": "<", r"\gt": ">"}
+_FLIPPED = {">": "<", ">=": "<="}
+_APPROXIMATELY = re.compile(r"\\approx(?![A-Za-z])")
+_UNORDERED = frozenset(("", "{}"))
+
+Decision = tuple[bool, str] | None
+
+
+def compare(reference: str, answer: str) -> tuple[bool, str]:
+    """Returns whether two answers are the same, and what decided it."""
+    if max(nesting(reference), nesting(answer)) > MAX_DEPTH:
+        return False, "unparsed: too deep"
+    return _compare(bare(reference), bare(answer))
+
+
+def _compare(reference: str, answer: str) -> tuple[bool, str]:
+    if not reference or not answer:
+        return False, "empty"
+    if reference == answer:
+        return True, "same text"
+    if max(len(reference), len(answer)) > MAX_COMPARED:
+        return False, "unparsed: too long"
+    for decide in _STEPS:
+        decision = decide(reference, answer)
+        if decision is not None:
+            return decision
+    return _compare_expressions(reference, answer)
+
+
+def _compare_numbers(reference: str, answer: str) -> Decision:
+    """Decides exact numbers; a unit may be left out on one side.
+
+    A percentage is a hundredth of its number: 0.5 = 50%. Beyond 1 the sign may be left out, too:
+    50 = 50%, but 0.5 is not 0.5%, and 5 is not 500%.
+    """
+    (value, unit), (other, other_unit) = quantity(reference), quantity(answer)
+    if value is None or other is None:
+        return None
+    if "%" not in (unit, other_unit) or unit == other_unit:
+        is_equal = value == other and is_unit_allowed(unit, other_unit)
+    elif "" not in (unit, other_unit):
+        is_equal = False
+    else:
+        plain, percent = (other, value) if unit == "%" else (value, other)
+        is_left_out = abs(plain) > 1 and plain == percent
+        is_share = (abs(plain) <= 1 or plain.denominator > 1) and plain * 100 == percent
+        is_equal = is_left_out or is_share
+    return is_equal, "numbers"
+
+
+def _compare_bases(reference: str, answer: str) -> Decision:
+    """Decides if either is a number with its base as a subscript; the answer may leave it out."""
+    sides = [_BASE.fullmatch(text) for text in (reference, answer)]
+    pairs = [(side[1].lstrip("0"), side[2] or side[3]) if side else None for side in sides]
+    is_digits = [pair is not None and any(char.isdigit() for char in pair[0]) for pair in pairs]
+    if all(is_digits):
+        return pairs[0] == pairs[1], "bases"
+    if is_digits[0] and re.fullmatch("-?[0-9A-Z.]+", answer):
+        return pairs[0][0] == answer, "bases"
+    if is_digits[1] and exact_number(reference) is not None:
+        return pairs[1] == (reference, "10"), "bases"
+    return None
+
+
+def _compare_words(reference: str, answer: str) -> Decision:
+    """Decides if the reference is plain words."""
+    if not re.fullmatch(r"[A-Za-z]{3,}(?:[ -][A-Za-z]+)*", reference):
+        return None
+    return reference.casefold() == answer.casefold(), "words"
+
+
+def _compare_matrices(reference: str, answer: str) -> Decision:
+    """Decides if either is a matrix: same shape, equal cells."""
+    rows, others = matrix_rows(reference), matrix_rows(answer)
+    if rows is None and others is None:
+        return None
+    if rows is None or others is None or [len(r) for r in rows] != [len(r) for r in others]:
+        return False, "different shapes"
+    is_equal = all(
+        _compare(cell, other)[0]
+        for row, other_row in zip(rows, others, strict=True)
+        for cell, other in zip(row, other_row, strict=True)
+    )
+    return is_equal, "cells"
+
+
+def _compare_memberships(reference: str, answer: str) -> Decision:
+    r"""Takes x\in off; the same name on both sides, or left out on one."""
+    matches = [_MEMBER.fullmatch(text) for text in (reference, answer)]
+    if not any(matches):
+        return None
+    if all(matches) and matches[0][1] != matches[1][1]:
+        return False, "different names"
+    sides = zip(matches, (reference, answer), strict=True)
+    return _compare(*(bare(match[2]) if match else text for match, text in sides))
+
+
+def _compare_lists(reference: str, answer: str) -> Decision:
+    """Decides lists, tuples, intervals and sets; sets and bare lists in any order."""
+    (brackets, items), (other_brackets, others) = split_items(reference), split_items(answer)
+    if len(items) <= 1 and len(others) <= 1 and brackets == other_brackets == "":
+        return None
+    if brackets != other_brackets and not {brackets, other_brackets} <= _UNORDERED:
+        return False, "different brackets"
+    return _compare_items(items, others, is_ordered=brackets not in _UNORDERED)
+
+
+def _compare_items(items: list[str], others: list[str], *, is_ordered: bool) -> tuple[bool, str]:
+    if len(items) != len(others):
+        return False, "different number of elements"
+    if len(items) > MAX_ITEMS:
+        return False, "unparsed: too many elements"
+    left = list(others)
+    for item in items:
+        found = [o for o in (left[:1] if is_ordered else left) if _compare(item, o)[0]]
+        if not found:
+            return False, "elements differ"
+        left.remove(found[0])
+    return True, "elements"
+
+
+def _compare_relations(reference: str, answer: str) -> Decision:
+    """Decides equations, inequalities and x=...; the name may be left out on one side."""
+    names = [_NAMED.match(text) for text in (reference, answer)]
+    values = [
+        bare(text[name.end() :]) if name and not _SIGN.search(text[name.end() :]) else None
+        for text, name in zip((reference, answer), names, strict=True)
+    ]
+    is_relation = [bool(_SIGN.search(text)) for text in (reference, answer)]
+    if not any(is_relation):
+        return None
+    if all(is_relation):
+        if None not in values and names[0][1] == names[1][1]:
+            return _compare(*values)
+        return _compare_chains(reference, answer)
+    sides = [
+        value if related else text
+        for value, related, text in zip(values, is_relation, (reference, answer), strict=True)
+    ]
+    return (False, "a relation and none") if None in sides else _compare(*sides)
+
+
+def _compare_chains(reference: str, answer: str) -> tuple[bool, str]:
+    """Compares a<b, a<=b<c, a=b: each link up to a factor, from left to right or reversed."""
+    try:
+        links, others = _links(reference), _links(answer)
+        is_equal = _are_same_links(links, others) or _are_same_links(links[::-1], others)
+    except UnreadableError as error:
+        return False, f"unparsed: {error}"
+    return is_equal, "relations"
+
+
+def _are_same_links(links: list[tuple[str, Tree]], others: list[tuple[str, Tree]]) -> bool:
+    return [sign for sign, _ in links] == [sign for sign, _ in others] and all(
+        are_proportional(link, other, is_signed="<" in sign)
+        for (sign, link), (_, other) in zip(links, others, strict=True)
+    )
+
+
+def _links(text: str) -> list[tuple[str, Tree]]:
+    """Returns each link of a chain as its sign and the difference of its sides; no > is left."""
+    parts = _SIGN.split(text)
+    sides = [parse(part) for part in parts[::2]]
+    links = []
+    for index, sign in enumerate(parts[1::2]):
+        sign = _SIGNS.get(sign, sign)
+        left, right = sides[index], sides[index + 1]
+        if sign in _FLIPPED:
+            sign, left, right = _FLIPPED[sign], right, left
+        links.append((sign, ("add", left, ("neg", right))))
+    return links
+
+
+def _compare_unions(reference: str, answer: str) -> Decision:
+    r"""Decides unions: the same pieces in any order."""
+    if r"\cup" not in _commands(reference) | _commands(answer):
+        return None
+    pieces = [[bare(p) for p in text.split(r"\cup")] for text in (reference, answer)]
+    return _compare_items(*pieces, is_ordered=False)
+
+
+def _compare_approximations(reference: str, answer: str) -> Decision:
+    r"""Decides if the reference is marked as rounded: the answer must round to its digits.
+
+    The mark alone adds nothing to an answer; of `a \approx b` there only a counts.
+    """
+    parts, others = _APPROXIMATELY.split(reference), _APPROXIMATELY.split(answer)
+    if len(parts) == len(others) == 1:
+        return None
+    if max(len(parts), len(others)) > 2:
+        return False, "approximations"
+    answer = bare(others[0] or others[-1])
+    if len(parts) == 1 or (parts[0] and _compare(bare(parts[0]), answer)[0]):
+        return _compare(bare(parts[0]), answer)
+    (rounded, unit), (value, other_unit) = split_unit(bare(parts[1])), split_unit(answer)
+    if not is_unit_allowed(unit, other_unit) or not re.fullmatch(r"-?\d+\.\d+", rounded):
+        return _compare(bare(parts[1]), answer)
+    half = Fraction(1, 2 * 10 ** len(rounded.partition(".")[2]))
+    try:
+        number = exact_number(value)
+        number = value_of(parse(value)) if number is None else number
+        is_close = abs(Fraction(str(number)) - Fraction(rounded)) <= half
+    except (UnreadableError, ValueError):
+        return False, "approximations"
+    return is_close, "approximations"
+
+
+def _compare_units(reference: str, answer: str) -> Decision:
+    """Takes the units off; the same on both sides, or left out on one."""
+    (value, unit), (other, other_unit) = split_unit(reference), split_unit(answer)
+    if not unit and not other_unit:
+        return None
+    if not is_unit_allowed(unit, other_unit):
+        return False, "different units"
+    return _compare(bare(value), bare(other))
+
+
+def _compare_expressions(reference: str, answer: str) -> tuple[bool, str]:
+    try:
+        return are_equal(parse(reference), parse(answer)), "algebra"
+    except UnreadableError as error:
+        return False, f"unparsed: {error}"
+
+
+def _commands(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\\[A-Za-z]+", text))
+
+
+_STEPS = (
+    _compare_words,
+    _compare_bases,
+    _compare_numbers,
+    _compare_matrices,
+    _compare_approximations,
+    _compare_memberships,
+    _compare_lists,
+    _compare_relations,
+    _compare_unions,
+    _compare_units,
+)
