@@ -1,7 +1,5 @@
 """Math answers: extraction in a declared format, and the verdict."""
 
-import importlib.metadata
-import logging
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +7,6 @@ from typing import Any
 from restem_lightning.completions import Verdict, VerdictKind
 from restem_lightning.errors import UserError
 from restem_lightning.problems import Problem, last_boxed
-from restem_lightning.verifiers.answers import bare
 from restem_lightning.verifiers.comparison import compare
 
 MAX_TEXT = 20_000
@@ -41,12 +38,12 @@ class MathVerifier:
     """Judges a final answer against the problem's reference answer."""
 
     name = "math"
+    version = "2"
 
     def __init__(
         self,
         answer_format: str = "auto",
         stop_marks: Sequence[str] = STOP_MARKS,
-        use_math_verify: bool = False,
     ) -> None:
         r"""Judges a final answer against the problem's reference answer.
 
@@ -57,23 +54,12 @@ class MathVerifier:
                 `The answer is x.` only if there is no other.
             stop_marks: the completion is cut before the first of these, so that a next problem
                 that the policy invents is never judged.
-            use_math_verify: what only algebra shows to be equal must be equal for Math-Verify, too.
 
         Raises:
-            UserError: an unknown answer_format, or Math-Verify is wanted and not installed.
+            UserError: an unknown answer_format.
         """
         check_answer_format(answer_format)
         self._answer_format, self._stop_marks = answer_format, tuple(stop_marks)
-        self._use_math_verify = use_math_verify
-        self.version = "2"
-        if use_math_verify:
-            try:
-                self.version += f"+math-verify-{importlib.metadata.version('math-verify')}"
-            except importlib.metadata.PackageNotFoundError:
-                raise UserError(
-                    "use_math_verify (True) needs `pip install math-verify[antlr4-13-2]`; "
-                    "or set it to false"
-                ) from None
 
     def warm_up(self) -> None:
         """Imports what algebra needs."""
@@ -107,10 +93,7 @@ class MathVerifier:
 
     def compare(self, reference: str, answer: str) -> tuple[bool, str]:
         """Returns whether two answers are the same, and what decided it."""
-        is_equal, detail = compare(reference, answer)
-        if is_equal and detail == "algebra" and self._use_math_verify:
-            return _confirm(reference, answer), "math-verify"
-        return is_equal, detail
+        return compare(reference, answer)
 
     def _extract(self, text: str) -> str | None:
         return extract_answer(text, self._answer_format, self._stop_marks)
@@ -162,17 +145,3 @@ def _last_answer(text: str, answer_format: str) -> tuple[int, str] | None:
         return None if start < 0 else (start, text[start + len("<answer>") : end])
     places = [(match.start(), match[1]) for match in _PATTERNS[answer_format].finditer(text)]
     return places[-1] if places else None
-
-
-def _confirm(reference: str, answer: str) -> bool:
-    """Asks Math-Verify.
-
-    Its own time-outs need SIGALRM; they are off, the pool's deadline holds instead.
-    """
-    import math_verify
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    sides = [
-        math_verify.parse(f"${bare(text)}$", parsing_timeout=None) for text in (reference, answer)
-    ]
-    return all(sides) and math_verify.verify(*sides, timeout_seconds=None)

@@ -115,6 +115,8 @@ class Ours:
         self.sampler = Sampler(folder, self.engine)
         self.startup_s = time.perf_counter() - start
         self.requests = requests
+        self.lengths: dict[tuple[str, int], int] = {}
+        self.tail_share = 0.0
         if not arguments.eos:
             self.sampler.eos_ids = ()
         self.params = SamplingParams(
@@ -123,17 +125,20 @@ class Ours:
         start = time.perf_counter()
         self.run(requests[: 2 * arguments.batch // arguments.n + 1], iteration=0, most=4)
         self.warmup_s = time.perf_counter() - start
-        self.lengths: dict[tuple[str, int], int] = {}
 
     def run(self, requests: list[Request], *, iteration: int, most: int | None = None) -> int:
         """Samples requests once and returns the number of tokens; at most some completions."""
         tokens, self.lengths = 0, {}
+        start, ends = time.perf_counter(), []
         samples = self.sampler.generate(requests, self.params, seed=0, iteration=iteration)
         for count, sample in enumerate(samples, 1):
             tokens += len(sample.token_ids)
             self.lengths[sample.request_id, sample.index] = len(sample.token_ids)
+            ends.append(time.perf_counter() - start)
             if count == most:
                 break
+        # What the last 5 % of the completions cost: those that end when few are left.
+        self.tail_share = 1 - ends[int(0.95 * len(ends)) - 1] / ends[-1]
         return tokens
 
     def measure(self, repeat: int) -> float:
@@ -360,10 +365,15 @@ def report(
         "prompt_tokens": len(ours.requests[0].prompt_ids),
         "shared_tokens": ours.requests[0].num_shared,
         "mean_length": round(sum(ours.lengths.values()) / len(ours.lengths), 1),
+        "tail_share": round(ours.tail_share, 3),
         "copy_gb_per_s": round(rates[0] / 1e9, 1),
         "matmul_tflops": round(rates[1] / 1e12, 3),
         "limit_tokens_per_s": round(allowed, 1),
     }
+    print(
+        f"mean length {settings['mean_length']}, the last 5 % of completions took "
+        f"{ours.tail_share:.0%} of the time"
+    )
     base = sorted(speeds["Sampler"])[len(speeds["Sampler"]) // 2]
     for engine, values in speeds.items():
         median = sorted(values)[len(values) // 2]

@@ -6,9 +6,7 @@ import pytest
 from restem_lightning.errors import UserError
 from restem_lightning.verifiers import VerifierSpec, batch, verify_file
 
-MATH = VerifierSpec(
-    class_path="restem_lightning.verifiers.MathVerifier", init_args={"use_math_verify": False}
-)
+MATH = VerifierSpec(class_path="restem_lightning.verifiers.MathVerifier", init_args={})
 
 
 def run(tmp_path, lines, spec=MATH, **settings):

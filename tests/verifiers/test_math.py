@@ -146,7 +146,7 @@ def test_different_answers_are_refused(verifier, reference, answer):
 @pytest.mark.parametrize("reference", [reference for reference, _ in SAME + DIFFERENT if reference])
 @pytest.mark.parametrize("answer_format", ANSWER_FORMATS)
 def test_every_reference_accepts_itself_in_every_format(reference, answer_format):
-    verifier = MathVerifier(answer_format, use_math_verify=False)
+    verifier = MathVerifier(answer_format)
     completion = verifier.reference_completion(problem(reference))
     assert verifier.verify(problem(reference), completion).kind is VerdictKind.CORRECT
 

@@ -293,7 +293,7 @@ import sys
 from restem_lightning.problems import Problem
 from restem_lightning.verifiers import MathVerifier, ProceduralVerifier
 math, procedural = MathVerifier(), ProceduralVerifier()
-heavy = {"sympy", "math_verify", "reasoning_gym"} & set(sys.modules)
+heavy = {"sympy", "reasoning_gym"} & set(sys.modules)
 assert not heavy, heavy
 math.warm_up(), procedural.warm_up()
 assert "torch" not in sys.modules
