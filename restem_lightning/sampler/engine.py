@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -151,6 +152,30 @@ def _load_ops(kernels: str) -> ModuleType:
     return cpu
 
 
+def decode_rows(needed: int, *, num_lanes: int, full_passes: bool, few: bool) -> int:
+    """Returns how many lanes a step computes where the first `needed` are in use.
+
+    Args:
+        needed: at least 1.
+        num_lanes: the most, a multiple of ROW_STEP.
+        full_passes: always the most.
+        few: in steps of an eighth to a quarter, since each number is a captured graph.
+    """
+    if full_passes:
+        return num_lanes
+    step = ROW_STEP
+    if few:
+        step = max(ROW_STEP, 2 ** (max(needed - 1, 1).bit_length() - 3))
+    return min(-(-needed // step) * step, num_lanes)
+
+
+def prefill_rows(needed: int, *, prefill_tokens: int, full_passes: bool) -> int:
+    """Returns how many rows a pass over prompts computes where it needs some."""
+    if full_passes:
+        return prefill_tokens
+    return -(-max(needed, 1) // ROW_STEP) * ROW_STEP
+
+
 class Sampler:
     """Draws completions from one policy."""
 
@@ -198,6 +223,7 @@ class Sampler:
         if not engine.cache_tokens and self.device.type == "cuda":
             probe = make_cache(self.module, num_blocks=1, block_size=1)
             per_token = 2 * len(probe.keys) * probe.keys[0].numel() * probe.keys[0].element_size()
+            torch.cuda.empty_cache()
             free, _ = torch.cuda.mem_get_info(self.device)
             tokens = int(free * CUDA_CACHE_SHARE) // per_token
         return -(-tokens // engine.block_size)
@@ -247,19 +273,6 @@ class Sampler:
             seconds[threads] = statistics.median(times)
         return min(seconds, key=seconds.get)
 
-    def _decode_rows(self, needed: int) -> int:
-        if self.full_passes:
-            return self.num_lanes
-        step = ROW_STEP
-        if self.device.type == "cuda":  # few graphs: steps of an eighth to a quarter
-            step = max(ROW_STEP, 2 ** (max(needed - 1, 1).bit_length() - 3))
-        return min(-(-needed // step) * step, self.num_lanes)
-
-    def _prefill_rows(self, needed: int) -> int:
-        if self.full_passes:
-            return self.prefill_tokens
-        return -(-max(needed, 1) // ROW_STEP) * ROW_STEP
-
     def _prepare(self, params: SamplingParams) -> Machinery:
         """Returns lanes and graphs for these settings: those of the last run if it had the same."""
         settings = draw_settings(params) | {"max_new_tokens": params.max_new_tokens}
@@ -269,6 +282,7 @@ class Sampler:
                 self.num_lanes,
                 split=split,
                 own_keys=params.max_new_tokens,
+                block_size=self.engine.block_size,
                 device=self.device,
             )
             step = make_step(self.ops, self.model, lanes, draw_settings(params))
@@ -280,8 +294,17 @@ class Sampler:
                 cache=self.cache,
                 lanes=lanes,
                 graphs=StepGraphs(step, self.device),
-                decode_rows=self._decode_rows,
-                prefill_rows=self._prefill_rows,
+                decode_rows=partial(
+                    decode_rows,
+                    num_lanes=self.num_lanes,
+                    full_passes=self.full_passes,
+                    few=self.device.type == "cuda",
+                ),
+                prefill_rows=partial(
+                    prefill_rows,
+                    prefill_tokens=self.prefill_tokens,
+                    full_passes=self.full_passes,
+                ),
                 max_tile_rows=self.ops.tile_rows(group),
                 lag=self.lag,
             )
@@ -308,6 +331,8 @@ class Sampler:
     ) -> Iterator[Sample]:
         """Yields completions as they finish, in no fixed order; one run at a time.
 
+        On the CPU torch's number of threads is that of the engine until the run is over.
+
         Args:
             requests: read as late as possible, so they may be claimed while sampling runs.
             params: how to draw; `n` is not looked at, the requests say which completions.
@@ -329,6 +354,7 @@ class Sampler:
             Limits(
                 block_size=self.engine.block_size,
                 num_lanes=self.max_batch_size,
+                unused_table=self.num_lanes,
                 prefill_tokens=self.prefill_tokens,
                 max_new_tokens=params.max_new_tokens,
                 context=self.context,

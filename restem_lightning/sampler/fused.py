@@ -52,8 +52,11 @@ class Projection:
 
         Source: torch's inductor, which does the same with frozen weights.
         """
-        if self.weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
+        weight = self.weight.detach()
+        if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return
+        if weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Returns [T, out] for x [T, in]."""

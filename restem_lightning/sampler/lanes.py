@@ -17,13 +17,22 @@ from restem_lightning.sampler.sequence import Sequence
 class Lanes:
     """Rows of the decode batch, and the block tables."""
 
-    def __init__(self, num_lanes: int, *, split: int, own_keys: int, device: torch.device):
+    def __init__(
+        self,
+        num_lanes: int,
+        *,
+        split: int,
+        own_keys: int,
+        block_size: int,
+        device: torch.device,
+    ):
         """Makes every lane unused.
 
         Args:
             num_lanes: B, a multiple of 8.
             split: keys of an own piece.
             own_keys: most tokens of a completion.
+            block_size: tokens in a block.
             device: where the tensors are.
         """
         self.num_lanes, self.split, self.device = num_lanes, split, device
@@ -43,7 +52,8 @@ class Lanes:
         self.num_shared = ints(num_lanes, dtype=torch.int32)
         self.own_tables = ints(num_lanes, dtype=torch.int32) + self.unused_table
         self.in_use = ints(num_lanes, dtype=torch.int32)
-        self.tables = ints(3 * num_lanes + 8, 64, dtype=torch.int32)
+        width = max(64, -(-own_keys // block_size))
+        self.tables = ints(3 * num_lanes + 8, width, dtype=torch.int32)
         self.tiles = ints(4 * num_lanes, 7, dtype=torch.int32)
         self.num_tiles = ints(1, dtype=torch.int32)
         self.members = ints(4 * num_lanes, dtype=torch.int32)

@@ -114,6 +114,8 @@ class StepGraphs:
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.seen: set[int] = set()
         self.pool = None
+        # Of its own: workspaces belong to a stream, and go when any graph captured on it goes.
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.generation = 0
 
     def keep_for(self, generation: int) -> None:
@@ -122,6 +124,7 @@ class StepGraphs:
             self.generation = generation
             self.graphs.clear()
             self.seen.clear()
+            self.pool = None  # a pool cannot be used again once its last graph is gone
 
     def __call__(self, num_rows: int) -> Tensor:
         """Returns what the step returns; on a GPU the next call of the same n overwrites it."""
@@ -137,7 +140,10 @@ class StepGraphs:
     def _capture(self, num_rows: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Returns a graph of the step and its output; capturing computes nothing."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # thread_local: other threads (of a loader, of NCCL) may go on using the device.
+        with torch.cuda.graph(
+            graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+        ):
             output = self.step(num_rows)
         self.pool = graph.pool()
         return graph, output

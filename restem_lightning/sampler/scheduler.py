@@ -18,6 +18,8 @@ class Limits:
     Args:
         block_size: tokens in a cache block.
         num_lanes: sequences decoded together.
+        unused_table: row of the block tables for rows of a batch that are unused; lanes have those
+            before it, segments those behind it.
         prefill_tokens: tokens of prompts in one forward pass.
         max_new_tokens: longest completion.
         context: most tokens of a prompt and its completion that the model can take.
@@ -25,6 +27,7 @@ class Limits:
 
     block_size: int
     num_lanes: int
+    unused_table: int
     prefill_tokens: int
     max_new_tokens: int
     context: int
@@ -71,9 +74,8 @@ class Scheduler:
         self.ready: deque[Sequence] = deque()
         self.running: dict[Sequence, None] = {}  # in the order of their start
         self.free_lanes = list(range(limits.num_lanes))
-        # Rows of the block tables: one a lane, one for unused rows, then one a segment.
         self.free_tables: list[int] = []
-        self.num_tables = limits.num_lanes + 1
+        self.num_tables = limits.unused_table + 1
         self.num_shared_blocks = 0
         self.num_preemptions = 0
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from restem_lightning.errors import UserError
@@ -29,6 +29,8 @@ def load_module(policy: str | Path, *, device: torch.device, dtype: torch.dtype)
     reason = None
     if not getattr(model_class, "_supports_attention_backend", False):
         reason = "its layers do not go through transformers' attention interface"
+    elif rope_types(config.get_text_config()) & {"dynamic", "longrope"}:
+        reason = "its rotations depend on the length of the longest sequence in the batch"
     elif "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
         reason = "it has layers with chunked attention"
     if reason:
@@ -40,6 +42,13 @@ def load_module(policy: str | Path, *, device: torch.device, dtype: torch.dtype)
         policy, dtype=dtype, attn_implementation=ATTENTION_NAME
     )
     return module.to(device).eval()
+
+
+def rope_types(config: PretrainedConfig) -> set[str]:
+    """Returns the kinds of rotation of a model's layers."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return {kind["rope_type"] for kind in kinds if "rope_type" in kind}
 
 
 @torch.no_grad()

@@ -153,6 +153,10 @@ UNSUPPORTED = {
         "llama4_text.*chunked",
     ),
     "nemotron": ({}, "NemotronAttention"),
+    "llama": (
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
+        "llama.*rotations depend on the length",
+    ),
     "gpt_oss": ({"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}, "GptOss.*sinks"),
     "deepseek_v2": (
         {"kv_lora_rank": 8, "q_lora_rank": None, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8},

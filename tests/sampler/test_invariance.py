@@ -107,6 +107,14 @@ def test_passes_of_full_size_give_the_same_completions(
     assert draw(sampler, requests, PARAMS) == everything("llama")
 
 
+@pytest.mark.parametrize("max_batch_size", [1, 9, 10, 15])
+def test_batches_that_are_no_multiple_of_eight_change_nothing(
+    max_batch_size, everything, requests, make_policy, make_sampler, draw
+):
+    sampler = make_sampler(make_policy(), max_batch_size=max_batch_size)
+    assert draw(sampler, requests, PARAMS) == everything("llama")
+
+
 def test_a_second_run_of_one_sampler_is_the_same(requests, make_policy, make_sampler, draw):
     sampler = make_sampler(make_policy())
     assert draw(sampler, requests, PARAMS) == draw(sampler, requests, PARAMS)

@@ -65,6 +65,7 @@ def make_scheduler(
         Limits(
             block_size=BLOCK,
             num_lanes=lanes,
+            unused_table=8,
             prefill_tokens=tokens,
             max_new_tokens=max_new_tokens,
             context=context,
@@ -121,7 +122,7 @@ def check(scheduler):
     assert len(used) == len(set(used)) == scheduler.pool.num_blocks - scheduler.pool.num_free
     tables = [segment.table for segment in segments]
     assert len(tables) == len(set(tables))
-    assert all(table > scheduler.limits.num_lanes for table in tables)
+    assert all(table > scheduler.limits.unused_table for table in tables)
     for sequence in running:
         assert len(sequence.blocks) * BLOCK >= sequence.num_cached
         assert all(part.num_scheduled == len(part.token_ids) for part in sequence.prompt.chain)
