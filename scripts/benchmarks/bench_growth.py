@@ -25,7 +25,8 @@ import json, resource, sys, tempfile, time
 from argparse import Namespace
 from pathlib import Path
 import torch
-from bench_sampler import Ours, make_requests, save_random
+from bench_sampler import Ours
+from workloads import make_requests, save_random
 settings = Namespace(**json.loads(sys.argv[1]))
 torch.set_num_threads(settings.threads)
 with tempfile.TemporaryDirectory() as name:

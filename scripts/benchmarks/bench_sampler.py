@@ -9,8 +9,8 @@ The workload is that of an E-step: a few-shot preamble that all problems share, 
 completions a problem, temperature 0.7, top-k 40. With --policy the prompts are GSM8K's format in
 the policy's own tokens; with --shape the model has random weights and the prompts random tokens.
 Completions have exactly --new-tokens tokens, or with --eos the lengths that the policy wrote, which
-the other engines then get as the lengths to write. Engines take turns, ours in this process, each
-other one in a process of its own (baselines.py), every repeat.
+the other engines then get as the lengths to write. Ours runs in this process, each run of another
+engine in a process of its own (baselines.py) on the same machine right after.
 
 Beside tokens per second it reports the share of the limit that the measured copy bandwidth and
 matrix rate of this machine allow (see `limit`), start-up and peak memory. Everything is appended
@@ -19,6 +19,7 @@ to results/bench_sampler.jsonl; --quick only shows that it runs.
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,77 +28,13 @@ from pathlib import Path
 
 import torch
 from record import record
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as torch_profile
+from workloads import SHAPES, free_memory, make_requests, save_random
 
-from restem_lightning.problems import Problem
-from restem_lightning.prompts import FewShotPrompt, encode_prompt
 from restem_lightning.sampler import EngineParams, Request, Sampler, SamplingParams
-
-# Layers, hidden size, intermediate size, query heads, key heads, head size, vocabulary, tied.
-SHAPES = {
-    "tiny": ("llama", 2, 64, 128, 4, 2, 16, 512, True),
-    "smollm2-135m": ("llama", 30, 576, 1536, 9, 3, 64, 49152, True),
-    "qwen2.5-0.5b": ("qwen2", 24, 896, 4864, 14, 2, 64, 151936, True),
-    "qwen2.5-1.5b": ("qwen2", 28, 1536, 8960, 12, 2, 128, 151936, True),
-    "qwen2.5-7b": ("qwen2", 28, 3584, 18944, 28, 4, 128, 152064, False),
-    "qwen3-1.7b": ("qwen3", 28, 2048, 6144, 16, 8, 128, 151936, True),
-    "llama-3-8b": ("llama", 32, 4096, 14336, 32, 8, 128, 128256, False),
-    "gemma-3-1b": ("gemma3_text", 26, 1152, 6912, 4, 1, 256, 262144, True),
-}
-QUESTION = (
-    "A shop buys {} boxes of {} candles for 2 dollars a candle and sells every one for {} dollars. "
-    "On the next day it gives {} candles away. What is the profit of the shop?"
-)
-
-
-def save_random(shape: str, folder: Path, dtype: torch.dtype) -> None:
-    """Saves a model of a shape with random weights."""
-    family, layers, hidden, inner, heads, key_heads, head_size, vocab, tied = SHAPES[shape]
-    config = AutoConfig.for_model(
-        family,
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        head_dim=head_size,
-        vocab_size=vocab,
-        tie_word_embeddings=tied,
-        max_position_embeddings=8192,
-        eos_token_id=1,
-        bos_token_id=0,
-        pad_token_id=0,
-    )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.save_pretrained(folder)
-
-
-def make_requests(policy: Path | None, arguments: argparse.Namespace) -> list[Request]:
-    """Returns the workload's prompts, each with its completions."""
-    indices = tuple(range(arguments.n))
-    if policy is None:
-        generator = torch.Generator().manual_seed(0)
-        vocab = SHAPES[arguments.shape][-2]
-        draw = lambda n: tuple(torch.randint(2, vocab, (n,), generator=generator).tolist())  # noqa: E731
-        preamble = draw(arguments.preamble_tokens)
-        prompts = [
-            (preamble + draw(arguments.question_tokens), len(preamble))
-            for _ in range(arguments.problems)
-        ]
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(policy)
-        template = FewShotPrompt(shots="gsm8k_4shot.jsonl")
-        prompts = []
-        for number in range(arguments.problems):
-            text = QUESTION.format(9 + number, 20 + 3 * number, 3 + number % 5, 7 * number)
-            problem = Problem(problem_id=str(number), question=text, reference_answer="0")
-            prompts.append(encode_prompt(template, problem, tokenizer))
-    return [
-        Request(request_id=str(number), prompt_ids=tuple(ids), num_shared=shared, indices=indices)
-        for number, (ids, shared) in enumerate(prompts)
-    ]
+from restem_lightning.sampler.generation import Generation
 
 
 class Ours:
@@ -123,7 +60,9 @@ class Ours:
             n=arguments.n, temperature=0.7, top_k=40, max_new_tokens=arguments.new_tokens
         )
         start = time.perf_counter()
-        self.run(requests[: 2 * arguments.batch // arguments.n + 1], iteration=0, most=4)
+        # On a GPU with ends of their own, all numbers of rows occur and are captured.
+        most = None if arguments.eos and self.sampler.device.type == "cuda" else 4
+        self.run(requests, iteration=0, most=most)
         self.warmup_s = time.perf_counter() - start
 
     def run(self, requests: list[Request], *, iteration: int, most: int | None = None) -> int:
@@ -181,15 +120,17 @@ def measure_baseline(
         workload["lengths"] = lengths[:few] if arguments.eos else None
     python = arguments.vllm_python if name == "vllm" else sys.executable
     script = Path(__file__).parent / "baselines.py"
-    done = subprocess.run(
-        [python, str(script), name],
-        input=json.dumps(workload),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        print(f"{engine}: no result (exit code {done.returncode})", file=sys.stderr)
+    try:
+        done = subprocess.run(
+            [python, str(script), name],
+            input=json.dumps(workload),
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            timeout=arguments.engine_seconds,
+        )
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        print(f"{engine}: no result ({error})", file=sys.stderr)
         return None
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -245,40 +186,48 @@ def limit(ours: Ours, bandwidth: float, flops: float) -> float:
     return batch / (products + keys + logits)
 
 
-def profile(ours: Ours) -> None:
-    """Prints where the time of some decode steps goes."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as torch_profile
+class _Enough(Exception):
+    """Ends a profiled run."""
 
+
+def profile(ours: Ours, *, skip: int = 8, count: int = 16) -> None:
+    """Prints where the time of some decode steps in the middle of a run goes."""
     activities = [ProfilerActivity.CPU]
-    if ours.sampler.device.type == "cuda":
+    on_gpu = ours.sampler.device.type == "cuda"
+    if on_gpu:
         activities.append(ProfilerActivity.CUDA)
-    machinery = ours.sampler._prepare(ours.params)
-    samples = ours.sampler.generate(ours.requests, ours.params, seed=0, iteration=99)
-    steps, graphs = 0, machinery.graphs
-    with torch_profile(activities=activities, with_stack=False) as traced:
-        start = time.perf_counter()
-        step = graphs.step
+    traced = torch_profile(activities=activities)
+    steps, start, decode = 0, 0.0, Generation._decode
 
-        def counted(num_rows: int):
-            nonlocal steps
-            steps += 1
-            if steps > 40:
-                raise StopIteration
-            return step(num_rows)
+    def counted(generation: Generation) -> None:
+        nonlocal steps, start
+        steps += 1
+        if steps == skip:
+            traced.start()
+            start = time.perf_counter()
+        if steps == skip + count:
+            raise _Enough
+        decode(generation)
 
-        graphs.step = counted
-        try:
-            next(samples)
-        except (StopIteration, RuntimeError):
+    Generation._decode = counted
+    try:
+        for _ in ours.sampler.generate(ours.requests, ours.params, seed=0, iteration=99):
             pass
-        finally:
-            graphs.step = step
+    except _Enough:
+        if on_gpu:
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-    key = "self_cuda_time_total" if len(activities) > 1 else "self_cpu_time_total"
-    print(traced.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60))
-    busy = sum(getattr(event, "self_device_time_total", 0) for event in traced.key_averages())
-    print(f"{seconds:.3f} s for {min(steps, 40)} steps; device busy {busy / 1e6 / seconds:.0%}")
+        traced.stop()
+    finally:
+        Generation._decode = decode
+    events = traced.key_averages()
+    key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    print(events.table(sort_by=key, row_limit=25, max_name_column_width=60))
+    print(f"{1000 * seconds / count:.2f} ms a step")
+    if on_gpu:
+        kernels = [event for event in events if event.device_type != DeviceType.CPU]
+        busy = sum(event.self_device_time_total for event in kernels) / 1e6
+        print(f"the device was busy {busy / seconds:.0%} of the time")
 
 
 def parse() -> argparse.Namespace:
@@ -294,6 +243,7 @@ def parse() -> argparse.Namespace:
                         help="generate, generate_static, generate_batch, vllm, vllm:unshared (no "
                         "prefix caching), vllm:eager (no compilation)")  # fmt: skip
     parser.add_argument("--vllm-python", help="interpreter that has vLLM", default=sys.executable)
+    parser.add_argument("--engine-seconds", type=float, default=600, help="limit of another engine")
     parser.add_argument("--problems", type=int, default=4)
     parser.add_argument("--generate-problems", type=int, default=1,
                         help="problems given to generate, which takes them one by one")  # fmt: skip
@@ -331,37 +281,33 @@ def main() -> None:
         if arguments.profile:
             profile(ours)
             return
-        speeds: dict[str, list[float]] = {"Sampler": []}
-        details: dict[str, dict] = {
-            "Sampler": {"startup_s": ours.startup_s, "warmup_s": ours.warmup_s}
-        }
-        for repeat in range(1, arguments.repeats + 1):
-            speeds["Sampler"].append(ours.measure(repeat))
-            if repeat == 1:
-                rates = machine_rates(ours.sampler.device, dtype)
-                allowed = limit(ours, *rates)
-            for engine in arguments.engines:
-                result = measure_baseline(engine, folder, ours, arguments)
-                if result is not None:
-                    speeds.setdefault(engine, []).append(result["tokens"] / result["seconds"][0])
-                    details[engine] = result
-        report(speeds, details, allowed, rates, ours, arguments)
+        speeds = [ours.measure(repeat) for repeat in range(1, arguments.repeats + 1)]
+        rates = machine_rates(ours.sampler.device, dtype)
+        allowed = limit(ours, *rates)
+        settings = describe(ours, rates, allowed, arguments)
+        startup = {"startup_s": ours.startup_s, "warmup_s": ours.warmup_s}
+        report("Sampler", speeds, startup, speeds, allowed, settings, arguments)
+        # Other engines want most of the memory.
+        del ours.sampler
+        free_memory()
+        for engine in arguments.engines:
+            results = [
+                measure_baseline(engine, folder, ours, arguments) for _ in range(arguments.repeats)
+            ]
+            if None not in results:
+                rate = [result["tokens"] / result["seconds"][0] for result in results]
+                report(engine, rate, results[-1], speeds, allowed, settings, arguments)
 
 
-def report(
-    speeds: dict[str, list[float]],
-    details: dict[str, dict],
-    allowed: float,
-    rates: tuple[float, float],
-    ours: Ours,
-    arguments: argparse.Namespace,
-) -> None:
-    """Prints the table and records each engine's line."""
+def describe(
+    ours: Ours, rates: tuple[float, float], allowed: float, arguments: argparse.Namespace
+) -> dict[str, object]:
+    """Returns what is recorded of the workload and the machine."""
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
-    for unneeded in ("engines", "vllm_python", "quick", "profile", "repeats"):
+    for unneeded in ("engines", "vllm_python", "quick", "profile", "repeats", "engine_seconds"):
         del settings[unneeded]
-    settings["policy"] = arguments.policy.name if arguments.policy else None
     settings |= {
+        "policy": arguments.policy.name if arguments.policy else None,
         "prompt_tokens": len(ours.requests[0].prompt_ids),
         "shared_tokens": ours.requests[0].num_shared,
         "mean_length": round(sum(ours.lengths.values()) / len(ours.lengths), 1),
@@ -374,18 +320,28 @@ def report(
         f"mean length {settings['mean_length']}, the last 5 % of completions took "
         f"{ours.tail_share:.0%} of the time"
     )
-    base = sorted(speeds["Sampler"])[len(speeds["Sampler"]) // 2]
-    for engine, values in speeds.items():
-        median = sorted(values)[len(values) // 2]
-        detail = details[engine]
-        print(
-            f"{engine:20} {median:10,.0f} tokens/s  {median / allowed:6.1%} of the limit  "
-            f"ours is {base / median:5.2f}x  start-up {detail['startup_s']:.1f} s + "
-            f"{detail['warmup_s']:.1f} s"
-        )
-        if not arguments.quick:
-            extra = {k: detail[k] for k in ("startup_s", "warmup_s", "versions") if k in detail}
-            record("bench_sampler", engine, settings | {"engine": extra}, values, "tokens/s")
+    return settings
+
+
+def report(
+    engine: str,
+    speeds: list[float],
+    detail: dict[str, object],
+    ours: list[float],
+    allowed: float,
+    settings: dict[str, object],
+    arguments: argparse.Namespace,
+) -> None:
+    """Prints an engine's line and records it."""
+    median, base = statistics.median(speeds), statistics.median(ours)
+    print(
+        f"{engine:20} {median:10,.0f} tokens/s  {median / allowed:6.1%} of the limit  "
+        f"ours is {base / median:5.2f}x  start-up {detail['startup_s']:.1f} s + "
+        f"{detail['warmup_s']:.1f} s"
+    )
+    if not arguments.quick:
+        extra = {k: detail[k] for k in ("startup_s", "warmup_s", "versions") if k in detail}
+        record("bench_sampler", engine, settings | {"engine": extra}, speeds, "tokens/s")
 
 
 if __name__ == "__main__":
