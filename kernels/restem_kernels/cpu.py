@@ -56,10 +56,16 @@ def rotate_and_write(
             [q_norm.expand(num_heads, -1), k_norm.expand(num_key_heads, -1)]
         )  # [H + K, D]
         turned, _ = add_rms_norm(turned, weight, eps=eps)
-    positions = ready.work.positions
-    cos, sin = (table.index_select(0, positions)[:, None] for table in (cos, sin))
     half = size // 2
-    turned_by_half = torch.cat((-turned[..., half:], turned[..., :half]), -1)
-    rotated = (turned * cos).add_(turned_by_half.mul_(sin))
+    if ready.rotation is None:  # the same in all layers; both halves of a row are equal
+        positions = ready.work.positions
+        ready.rotation = tuple(
+            table[:, :half].index_select(0, positions)[:, None] for table in (cos, sin)
+        )
+    cos, sin = ready.rotation
+    low, high = turned.split(half, -1)
+    rotated = torch.empty(turned.shape, dtype=turned.dtype)
+    torch.mul(low, cos, out=rotated[..., :half]).sub_(high * sin)
+    torch.mul(high, cos, out=rotated[..., half:]).add_(low * sin)
     write_kv(rotated[:, num_heads:], values, key_cache, value_cache, ready)
     return rotated[:, :num_heads]

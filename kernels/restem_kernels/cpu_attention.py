@@ -67,13 +67,15 @@ class Pass:
         work: the lists.
         slots: [T * K] int64, place of each row's keys among all heads' keys of a layer's cache.
         tiles: tiles by shape.
-        pieces: [T * P] int64, places of each row's pieces among the rows of all tiles.
+        pieces: [T, P] int64, places of each row's pieces among the rows of all tiles.
+        rotation: cosines and sines of the rows' positions, each [T, 1, D / 2], once they are known.
     """
 
     work: Work
     slots: Tensor
     tiles: list[_Tiles]
     pieces: Tensor
+    rotation: tuple[Tensor, Tensor] | None = None
 
 
 def prepare(work: Work, cache_shape: torch.Size) -> Pass:

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -60,9 +61,11 @@ class Ours:
             n=arguments.n, temperature=0.7, top_k=40, max_new_tokens=arguments.new_tokens
         )
         start = time.perf_counter()
-        # On a GPU with ends of their own, all numbers of rows occur and are captured.
-        most = None if arguments.eos and self.sampler.device.type == "cuda" else 4
-        self.run(requests, iteration=0, most=most)
+        if self.sampler.device.type == "cuda":  # captures what will occur, all of it with --eos
+            self.run(requests, iteration=0, most=None if arguments.eos else 4)
+        else:
+            few = replace(self.params, max_new_tokens=2)
+            sum(1 for _ in self.sampler.generate(requests[:1], few, seed=0, iteration=0))
         self.warmup_s = time.perf_counter() - start
 
     def run(self, requests: list[Request], *, iteration: int, most: int | None = None) -> int:
