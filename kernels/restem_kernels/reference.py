@@ -257,7 +257,7 @@ def rotate_and_write(
 
     Args:
         qkv: [T, (H + 2 K) * D], queries, keys and values of each row side by side.
-        cos: [P, D], row p belongs to position p; its halves are equal, as a pair turns by one angle.
+        cos: [P, D], row p belongs to position p; its two halves are equal.
         sin: [P, D].
         key_cache: [n, K, S, D], changed in place.
         value_cache: [n, K, S, D], changed in place.
