@@ -15,10 +15,14 @@ SAMPLER = (
     "sequence",
     "blocks",
     "scheduler",
+    "batch",
+    "lanes",
     "kv_cache",
     "attention",
+    "fused",
     "runner",
     "weights",
+    "generation",
     "engine",
 )
 M_STEP = ("module", "datamodule", "fsdp", "export", "packing", "stopping")

@@ -238,11 +238,10 @@ def _attend(
         scores = scores.div_(softcap).tanh_().mul_(softcap)
     if mask is not None:
         scores += mask
-    highest = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(highest).exp_()
-    total = weights.sum(-1, keepdim=True)
-    normalizer = (highest + total.log()).squeeze(-1)
-    return (weights.to(values.dtype) @ values).div_(total.to(values.dtype)), normalizer
+    weights = scores.softmax(-1)
+    # The largest weight is exp(highest score - log-sum-exp), at least 1 / L.
+    normalizer = scores.amax(-1) - weights.amax(-1).log_()
+    return weights.to(values.dtype) @ values, normalizer
 
 
 def _attend_tiles(
