@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -287,7 +286,7 @@ class Generation:
             yield _sample(sequence, length, reason)
 
 
-def _sample(sequence: Sequence, length: int, reason: Any) -> Sample:
+def _sample(sequence: Sequence, length: int, reason: str) -> Sample:
     return Sample(
         request_id=sequence.request_id,
         index=sequence.index,
