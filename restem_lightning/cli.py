@@ -17,6 +17,8 @@ VERBS = {
     "verify": "judge given completions",
     "evaluate": "measure a policy: greedy pass@1, pass@k, maj@k",
     "report": "write the HTML report of runs, or print their metrics as JSON",
+    "plan": "say what a run will take: tokens, time, memory, disk",
+    "doctor": "say what works on this machine, each with the remedy",
 }
 
 # A place that cannot be written is for the user to mend; any other OSError is a fault of ours.
@@ -81,6 +83,10 @@ def _command(verb: str) -> Callable[[list[str]], None]:
         from restem_lightning.fit import fit
 
         return fit
+    if verb == "plan":
+        from restem_lightning.plan.command import plan
+
+        return plan
     from restem_lightning import commands
 
     return getattr(commands, verb)

@@ -1,4 +1,4 @@
-"""The verbs beside `fit`: sample, verify, evaluate, report."""
+"""The verbs beside `fit`: sample, verify, evaluate, report, doctor."""
 
 import hashlib
 import json
@@ -256,6 +256,23 @@ def report(words: list[str]) -> None:
         print(f"{run_dir}\n{iteration_table(run_dir)}\n")
     output = write_report(made.run_dirs, made.output or Path(made.run_dirs[0]) / "report.html")
     print(f"report  {output}")
+
+
+def doctor(words: list[str]) -> None:
+    """`restem doctor`: what works on this machine; exit status 1 if something is broken.
+
+    Raises:
+        UserError: for a user's mistake.
+    """
+    from restem_lightning.doctor import as_json, examine, exit_status, shown
+
+    parser = _parser("doctor", "Tries out what runs need on this machine; each with the remedy.")
+    parser.add_argument("--folder", type=str, default="runs", help="Where runs are to be written.")
+    parser.add_argument("--json", action="store_true", help="Print the findings as JSON instead.")
+    made = _parse(parser, words)
+    findings = examine(made.folder)
+    print(as_json(findings) if made.json else shown(findings))
+    sys.exit(exit_status(findings))
 
 
 def _warn(text: str) -> None:

@@ -51,6 +51,10 @@ FREE_ON_RESUME = (
     "trainer.enable_progress_bar",
     "trainer.log_every_n_steps",
 )
+DESCRIPTIONS = {
+    "fit": "Runs ReST^EM; the same command resumes an unfinished run.",
+    "plan": "Says what the run with these settings will take: tokens, time, memory, disk.",
+}
 # What the loop gives each Trainer itself.
 OWN_TRAINER_SETTINGS = ("logger", "default_root_dir", "fast_dev_run")
 
@@ -147,17 +151,21 @@ class ReSTEMCLI(LightningCLI):
         return self.instantiate_trainer(callbacks=callbacks, **changes)
 
 
-def make_cli(words: list[str]) -> ReSTEMCLI:
-    """Returns the parsed command line of `restem fit`; no object is made and nothing runs.
+def make_cli(
+    words: list[str], kind: type[ReSTEMCLI] = ReSTEMCLI, *, verb: str = "fit"
+) -> ReSTEMCLI:
+    """Returns a parsed command line; no object is made and nothing runs.
 
     Args:
-        words: the words after `restem fit`.
+        words: the words after the verb.
+        kind: class of the command line.
+        verb: `fit`, or another that takes its options.
 
     Raises:
         jsonargparse.ArgumentError: for a setting that is unknown or of the wrong type.
     """
     quiet_libraries()
-    return ReSTEMCLI(
+    return kind(
         PolicyModule,
         AcceptedDataModule,
         args=words,
@@ -167,8 +175,8 @@ def make_cli(words: list[str]) -> ReSTEMCLI:
         load_from_checkpoint_support=False,
         seed_everything_default=0,
         parser_kwargs={
-            "prog": "restem fit",
-            "description": "Runs ReST^EM; the same command resumes an unfinished run.",
+            "prog": f"restem {verb}",
+            "description": DESCRIPTIONS[verb],
             "exit_on_error": False,
         },
         trainer_defaults={
@@ -255,17 +263,17 @@ def _saved(run: RunDir) -> str:
 def _run(cli: ReSTEMCLI, run: RunDir, stop: _Stop) -> None:
     config = cli.config
     made = cli.build()
-    _check_settings(config, made, run)
+    check_settings(config, made, run)
     base = resolve_policy(config.policy)
     if config.start_from not in ("base", "previous"):
         resolve_policy(config.start_from)
     settings = cli.settings()
     with open_verifiers(config.verifier, made.verification) as verifiers:
-        problems = _load_problems(made, verifiers)
+        problems = load_problems(made, verifiers)
         if rank_zero_only.rank == 0:  # last: a mistake must not bind the folder to its settings
             open_run(run.path, settings, free=FREE_ON_RESUME)
         with Tracker(made.tracking, run, settings) as tracker:
-            loop = _make_loop(
+            loop = make_loop(
                 made, problems, run=run, base=base, seed=settings["seed"], verifiers=verifiers,
                 tracker=tracker, stop=stop,
             )  # fmt: skip
@@ -277,7 +285,7 @@ def _run(cli: ReSTEMCLI, run: RunDir, stop: _Stop) -> None:
         print(f"\n{iteration_table(run.path)}\n\nreport  {run.report}\npolicy  {last.policy}")
 
 
-def _check_settings(config: Any, made: Any, run: RunDir) -> None:
+def check_settings(config: Any, made: Any, run: RunDir) -> None:
     """Checks what no single setting can check by itself.
 
     Raises:
@@ -306,7 +314,7 @@ def _check_settings(config: Any, made: Any, run: RunDir) -> None:
         raise UserError(f"problems.held_out must not name a set {taken.pop()}; rename it")
 
 
-def _load_problems(made: Any, verifiers: VerifierPool) -> dict[str, list[Problem]]:
+def load_problems(made: Any, verifiers: VerifierPool) -> dict[str, list[Problem]]:
     """Returns the checked problems: train, validation, and each held-out set by its name."""
     sources = {"train": made.problems.train, **made.problems.held_out}
     if made.problems.validation is not None:
@@ -319,7 +327,7 @@ def _load_problems(made: Any, verifiers: VerifierPool) -> dict[str, list[Problem
     }
 
 
-def _make_loop(
+def make_loop(
     made: Any,
     problems: dict[str, list[Problem]],
     *,
@@ -328,7 +336,7 @@ def _make_loop(
     seed: int,
     verifiers: VerifierPool,
     tracker: Tracker,
-    stop: _Stop,
+    stop: _Stop | None,
 ) -> Loop:
     """Puts together what the iterations share."""
     return Loop(
@@ -347,7 +355,7 @@ def _make_loop(
         selection=made.selection,
         evaluation=made.evaluation,
         tracker=tracker,
-        check_stop=stop.check,
+        check_stop=stop.check if stop else lambda: None,
     )
 
 

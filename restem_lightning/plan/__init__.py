@@ -1,0 +1,1 @@
+"""`restem plan`: what a run will take, before it starts."""

@@ -1,0 +1,175 @@
+"""The verb: counts from the settings, rates from a trial or on paper, a table."""
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from restem_lightning.errors import UserError
+from restem_lightning.fit import ReSTEMCLI, check_settings, load_problems, make_cli, make_loop
+from restem_lightning.loop.callback import Loop
+from restem_lightning.loop.tracking import Tracker, TrackingParams
+from restem_lightning.plan.costs import Plan, Rates, Shape, Volume, make_plan, rates_on_paper, shown
+from restem_lightning.plan.trial import spread, try_out
+from restem_lightning.prompts import encode_prompt
+from restem_lightning.run_dir import RunDir
+from restem_lightning.settings import open_verifiers, resolve_policy
+
+NUM_PROMPTS = 64  # encoded to know their length
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanParams:
+    """How a plan gets its rates.
+
+    Args:
+        on: "here" tries a little of the run on this machine and measures; a100, h100 and h200 give
+            figures on paper for such GPUs, as many as trainer.devices x trainer.num_nodes says.
+        seconds: of the trial, for each kind of completions.
+        completion_tokens: on paper, tokens of a completion; null for half of
+            sampling.max_new_tokens.
+        acceptance_rate: on paper, the share of correct completions.
+        json: print JSON instead of a table.
+    """
+
+    on: Literal["here", "a100", "h100", "h200"] = "here"
+    seconds: float = 10.0
+    completion_tokens: float | None = None
+    acceptance_rate: float = 0.5
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            UserError: a value is not allowed.
+        """
+        if self.seconds <= 0:
+            raise UserError(f"plan.seconds ({self.seconds}) must be above 0")
+        if not 0 < self.acceptance_rate <= 1:
+            raise UserError(
+                f"plan.acceptance_rate ({self.acceptance_rate}) must be above 0 and at most 1"
+            )
+
+
+class PlanCLI(ReSTEMCLI):
+    """The command line of `restem fit`, and how to plan."""
+
+    def add_arguments_to_parser(self, parser) -> None:
+        """Adds the settings of the plan to those of the run."""
+        super().add_arguments_to_parser(parser)
+        parser.add_class_arguments(PlanParams, "plan")
+
+
+def plan(words: list[str]) -> None:
+    """`restem plan`: says what a run will take.
+
+    Raises:
+        UserError: for a user's mistake.
+    """
+    cli = make_cli(words, PlanCLI, verb="plan")
+    params = cli.build().plan
+    with _opened(cli) as (loop, made):
+        counts = volume(cli, loop)
+        if params.on == "here":
+            rates = try_out(cli, loop, made, seconds=params.seconds)
+        else:
+            rates = _on_paper(params, counts, loop, made)
+    found = make_plan(counts, rates)
+    print(as_json(found) if params.json else shown(found))
+
+
+@contextmanager
+def _opened(cli: Any) -> Iterator[tuple[Loop, Any]]:
+    """Yields what a run's iterations would share, with a run folder that is thrown away."""
+    made = cli.build()
+    base = resolve_policy(cli.config.policy)
+    cli.config.model.policy = base
+    with tempfile.TemporaryDirectory() as name:
+        run = RunDir(name)
+        check_settings(cli.config, made, run)
+        with open_verifiers(cli.config.verifier, made.verification) as verifiers:
+            problems = load_problems(made, verifiers)
+            tracker = Tracker(TrackingParams(), run, {})
+            loop = make_loop(
+                made, problems, run=run, base=base, seed=cli.settings()["seed"],
+                verifiers=verifiers, tracker=tracker, stop=None,
+            )  # fmt: skip
+            yield loop, cli.build()
+
+
+def volume(cli: Any, loop: Loop) -> Volume:
+    """Returns the counts of a run."""
+    config = cli.config
+    num_held_out = sum(len(problems) for problems in loop.held_out.values())
+    stages = loop.evaluation.stages(loop.sampling)
+    completions = {kind: params.n * num_held_out for kind, params in stages.items()}
+    if loop.validation:
+        completions["validation"] = len(loop.validation) * loop.validation_sampling.n
+    max_epochs = config.trainer.max_epochs or 1
+    every = config.trainer.val_check_interval or 1.0
+    looks = math.ceil(max_epochs / every) if isinstance(every, float) else max_epochs
+    return Volume(
+        iterations=config.iterations,
+        num_problems=len(loop.train),
+        n=loop.sampling.n,
+        max_per_problem=loop.selection.max_per_problem,
+        max_epochs=max_epochs,
+        completions=completions,
+        looks=looks,
+        num_ranks=_devices_of_a_node(config.trainer.devices) * config.trainer.num_nodes,
+    )
+
+
+def _devices_of_a_node(devices: Any) -> int:
+    """Returns how many devices Lightning's setting means: a number, a list of them, or all."""
+    if isinstance(devices, list):
+        return len(devices)
+    number = int(devices) if str(devices).lstrip("-").isdigit() else -1
+    return number if number > 0 else max(1, torch.cuda.device_count())
+
+
+def as_json(found: Plan) -> str:
+    """Returns a plan as a JSON object."""
+    rows = [row._asdict() for row in found.rows]
+    return json.dumps({**found._asdict(), "rows": rows})
+
+
+def _on_paper(params: PlanParams, counts: Volume, loop: Loop, made: Any) -> Rates:
+    tokenizer = AutoTokenizer.from_pretrained(loop.base)
+    some = spread(loop.train, NUM_PROMPTS)
+    prompts = [len(encode_prompt(loop.template, problem, tokenizer)[0]) for problem in some]
+    return rates_on_paper(
+        counts,
+        model_shape(loop.base),
+        device=params.on,
+        batch=made.engine.max_batch_size or 512,
+        prompt_tokens=sum(prompts) / len(prompts),
+        completion_tokens=params.completion_tokens or loop.sampling.max_new_tokens / 2,
+        acceptance_rate=params.acceptance_rate,
+        parameter_bytes=4 if made.model.dtype_name == "float32" else 2,
+        micro_batch_tokens=made.data.tokens_per_micro_batch,
+        checkpointing=made.model.activation_checkpointing,
+    )
+
+
+def model_shape(folder: str) -> Shape:
+    """Returns what of a policy decides its cost; no weight is read."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    key_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return Shape(
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        kv_bytes=2 * 2 * text.num_hidden_layers * key_heads * head_size,
+    )

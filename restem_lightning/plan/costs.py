@@ -1,0 +1,315 @@
+"""What a run will take: its counts from the settings, its rates measured here or on paper.
+
+Everything is a product of a count and a rate. Counts are known from the settings and the problems.
+Rates come from a small trial of the real thing (`trial.py`), or from the formulas of
+`rates_on_paper` for hardware that is elsewhere. A plan assumes that lengths and the share of
+correct completions stay as they are at the start, and that every M-step uses all of its epochs.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from restem_lightning.errors import UserError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Volume:
+    """The counts of a run.
+
+    Args:
+        iterations: of E-step and M-step.
+        num_problems: of the E-step.
+        n: completions of each of them.
+        max_per_problem: most accepted of each, None for all.
+        max_epochs: passes of an M-step over the accepted dataset.
+        completions: kind of completion -> how many one look at the policy draws: `greedy` and
+            `sampled` of the held-out sets, `validation` of D_val.
+        looks: at D_val in one M-step.
+        num_ranks: processes, each with a device of its own.
+    """
+
+    iterations: int
+    num_problems: int
+    n: int
+    max_per_problem: int | None
+    max_epochs: int
+    completions: dict[str, int]
+    looks: int
+    num_ranks: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How completions of one kind come out.
+
+    Args:
+        tokens: of one, on average.
+        tokens_per_s: of one rank.
+        stored_bytes: of one in a parquet part.
+    """
+
+    tokens: float
+    tokens_per_s: float
+    stored_bytes: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """The rates of one rank.
+
+    Args:
+        origin: where they are from, for the reader.
+        sampling: by kind: e_step, and the kinds of `Volume.completions`.
+        accepted_per_problem: completions.
+        sequence_tokens: of an accepted completion with its prompt.
+        training_tokens_per_s: prompt and completion tokens.
+        policy_bytes: of a policy folder.
+        checkpoint_bytes: of an M-step's checkpoints at the most.
+        memory_bytes: of one rank at the most: of the GPU, or of the process where there is none.
+        load_s: to load a policy and get ready to sample.
+    """
+
+    origin: str
+    sampling: dict[str, Sampling]
+    accepted_per_problem: float
+    sequence_tokens: float
+    training_tokens_per_s: float
+    policy_bytes: float
+    checkpoint_bytes: float
+    memory_bytes: float
+    load_s: float
+
+
+class Row(NamedTuple):
+    """One stage of an iteration, over all ranks.
+
+    Attributes:
+        stage: its name.
+        items: completions drawn, or sequences trained on (with repeats).
+        tokens: drawn, or trained on.
+        seconds: of all ranks side by side.
+        stored_bytes: that stay on disk.
+    """
+
+    stage: str
+    items: float
+    tokens: float
+    seconds: float
+    stored_bytes: float
+
+
+class Plan(NamedTuple):
+    """What a run will take.
+
+    Attributes:
+        rows: the stages of one iteration.
+        iterations: how often they come.
+        base: what measuring the base model takes, in seconds, before the first of them.
+        seconds: of the whole run.
+        device_hours: `seconds` on all ranks.
+        drawn_tokens: of the whole run.
+        disk_bytes: at the end of the run.
+        transient_bytes: of checkpoints beside it while an M-step runs.
+        memory_bytes: of one rank at the most.
+        origin: of the rates.
+    """
+
+    rows: list[Row]
+    iterations: int
+    base: float
+    seconds: float
+    device_hours: float
+    drawn_tokens: float
+    disk_bytes: float
+    transient_bytes: float
+    memory_bytes: float
+    origin: str
+
+
+def make_plan(volume: Volume, rates: Rates) -> Plan:
+    """Returns what a run of these counts takes at these rates."""
+
+    def drawn(stage: str, kind: str, num: float) -> Row:
+        one = rates.sampling[kind]
+        seconds = num * one.tokens / one.tokens_per_s / volume.num_ranks
+        return Row(stage, num, num * one.tokens, seconds, num * one.stored_bytes)
+
+    e_step = drawn("E-step", "e_step", volume.num_problems * volume.n)
+    num_accepted = rates.accepted_per_problem * volume.num_problems
+    num_trained = num_accepted * volume.max_epochs
+    tokens = num_trained * rates.sequence_tokens
+    seconds = tokens / rates.training_tokens_per_s / volume.num_ranks
+    stored = num_accepted * rates.sampling["e_step"].stored_bytes + rates.policy_bytes
+    rows = [e_step, Row("M-step", num_trained, tokens, seconds, stored)]
+    evaluation = [
+        drawn(f"evaluation ({kind})", kind, num)
+        for kind, num in volume.completions.items()
+        if kind != "validation"
+    ]
+    if looks := volume.completions.get("validation", 0) * volume.looks:
+        rows.append(drawn("D_val", "validation", looks)._replace(stored_bytes=0))
+    rows += evaluation
+    base = sum(row.seconds for row in evaluation) + rates.load_s
+    loads = 2 * rates.load_s  # the sampler of the E-step, then that of the evaluation
+    total = base + volume.iterations * (loads + sum(row.seconds for row in rows))
+    once = sum(row.stored_bytes for row in evaluation)
+    drawn_once = sum(row.tokens for row in rows if row.stage != "M-step")
+    return Plan(
+        rows=rows,
+        iterations=volume.iterations,
+        base=base,
+        seconds=total,
+        device_hours=total / 3600 * volume.num_ranks,
+        drawn_tokens=volume.iterations * drawn_once + sum(row.tokens for row in evaluation),
+        disk_bytes=volume.iterations * sum(row.stored_bytes for row in rows) + once,
+        transient_bytes=rates.checkpoint_bytes,
+        memory_bytes=rates.memory_bytes,
+        origin=rates.origin,
+    )
+
+
+def shown(plan: Plan) -> str:
+    """Returns a plan as a table."""
+    lines = [f"{'stage':24}{'items':>12}{'tokens':>16}{'time':>10}{'disk':>10}"]
+    for row in plan.rows:
+        lines.append(
+            f"{row.stage:24}{row.items:12,.0f}{row.tokens:16,.0f}{_time(row.seconds):>10}"
+            f"{_size(row.stored_bytes):>10}"
+        )
+    lines += [
+        "",
+        f"one iteration as above, {plan.iterations} in all, after {_time(plan.base)} for the base "
+        "model's own measures",
+        f"in all    {_time(plan.seconds)} ({plan.device_hours:.3g} device hours), "
+        f"{plan.drawn_tokens:,.0f} tokens drawn",
+        f"disk      {_size(plan.disk_bytes)} at the end, and {_size(plan.transient_bytes)} of "
+        "checkpoints while an M-step runs",
+        f"memory    {_size(plan.memory_bytes)} a rank at the most",
+        f"rates     {plan.origin}",
+        "M-steps that stop early take less; lengths and shares of correct completions are those of "
+        "the policy as it is now.",
+    ]
+    return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _size(num_bytes: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes / 1e3:.0f} kB"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What a data sheet says of a device.
+
+    Args:
+        bandwidth: bytes/s of its memory.
+        flops: bfloat16 FLOP/s, dense.
+        memory_bytes: of its memory.
+    """
+
+    bandwidth: float
+    flops: float
+    memory_bytes: float
+
+
+DEVICES = {
+    "a100": Device(bandwidth=2.0e12, flops=312e12, memory_bytes=80e9),
+    "h100": Device(bandwidth=3.35e12, flops=989e12, memory_bytes=80e9),
+    "h200": Device(bandwidth=4.8e12, flops=989e12, memory_bytes=141e9),
+}
+# Shares of the data sheet's figures that well-kept engines reach; see `rates_on_paper`.
+DECODE_MATRIX_SHARE, BANDWIDTH_SHARE, TRAINING_SHARE = 0.6, 0.8, 0.4
+STEP_OVERHEAD_S = 0.001
+LIBRARIES_BYTES = 1.5e9  # of a process: context, buffers, kernels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What of a model decides its cost.
+
+    Args:
+        num_parameters: all of them.
+        num_layers: decoder layers.
+        hidden_size: width of the residual stream.
+        kv_bytes: keys and values of one token over all layers, bfloat16.
+    """
+
+    num_parameters: float
+    num_layers: int
+    hidden_size: int
+    kv_bytes: float
+
+
+def rates_on_paper(
+    volume: Volume,
+    shape: Shape,
+    *,
+    device: str,
+    batch: int,
+    prompt_tokens: float,
+    completion_tokens: float,
+    acceptance_rate: float,
+    parameter_bytes: int,
+    micro_batch_tokens: int,
+    checkpointing: bool,
+) -> Rates:
+    """Returns rates for a device that is not here.
+
+    With P parameters, B sequences in the batch, L tokens of a completion and the device's memory
+    bandwidth W and matrix rate F, a decode step takes
+    (2 P + B (L / 2) kv_bytes) / (0.8 W) + 2 P B / (0.6 F) + 1 ms:
+    the weights and the private keys and values are read once, the shared prompt is matrix work.
+    Training takes 6 P FLOP a token (8 P with activation checkpointing) at 0.4 F. A rank trains with
+    parameters, gradients and two moments of its shard (`parameter_bytes` each), activations of
+    34 bytes * hidden_size * layers a token (2 bytes with checkpointing), and samples with bfloat16
+    weights and a cache for its batch; the two do not overlap.
+    Source of 6 P and 34 bytes: arXiv 2001.08361 section 2.1, arXiv 2205.05198 section 4.
+
+    Raises:
+        UserError: an unknown device.
+    """
+    if device not in DEVICES:
+        raise UserError(f"device ({device}) must be one of {', '.join(DEVICES)}, or here")
+    card, size = DEVICES[device], shape.num_parameters
+    read = 2 * size + batch * completion_tokens / 2 * shape.kv_bytes
+    step_s = (
+        read / (BANDWIDTH_SHARE * card.bandwidth)
+        + 2 * size * batch / (DECODE_MATRIX_SHARE * card.flops)
+        + STEP_OVERHEAD_S
+    )
+    flops = (8 if checkpointing else 6) * size
+    states = 4 * parameter_bytes * size / volume.num_ranks
+    activations = micro_batch_tokens * shape.hidden_size * shape.num_layers
+    training = states + activations * (2 if checkpointing else 34)
+    sampling = 2 * size + batch * completion_tokens * shape.kv_bytes
+    most = volume.n if volume.max_per_problem is None else volume.max_per_problem
+    one = Sampling(
+        tokens=completion_tokens,
+        tokens_per_s=batch / step_s,
+        stored_bytes=STORED_BYTES_PER_TOKEN * completion_tokens,
+    )
+    return Rates(
+        origin=f"on paper, {device}, batch {batch}, {completion_tokens:.0f} tokens a completion, "
+        f"{acceptance_rate:.0%} of them correct",
+        sampling=dict.fromkeys(("e_step", *volume.completions), one),
+        accepted_per_problem=min(most, volume.n * acceptance_rate),
+        sequence_tokens=prompt_tokens + completion_tokens,
+        training_tokens_per_s=TRAINING_SHARE * card.flops / flops,
+        policy_bytes=parameter_bytes * size,
+        checkpoint_bytes=5 * parameter_bytes * size,  # last: weights, two moments; best; the next
+        memory_bytes=LIBRARIES_BYTES + max(training, sampling),
+        load_s=30.0,
+    )
+
+
+STORED_BYTES_PER_TOKEN = 12.0  # id, two log-probabilities and text, compressed (measured, GSM8K)

@@ -1,0 +1,190 @@
+"""A small trial of a run on this machine: the rates that a plan multiplies."""
+
+import math
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from lightning.pytorch import Callback
+
+from restem_lightning.completions import CompletionStore
+from restem_lightning.errors import UserError
+from restem_lightning.loop.callback import Loop
+from restem_lightning.loop.e_step import fill_store
+from restem_lightning.loop.stage import Policy, load_policy
+from restem_lightning.loop.weights import release_memory
+from restem_lightning.m_step.export import export_policy
+from restem_lightning.plan.costs import Rates, Sampling
+from restem_lightning.problems import Problem
+from restem_lightning.sampler import SamplingParams
+from restem_lightning.selection import select_completions, write_accepted
+
+BATCHES = 2  # of the sampler in the trial's E-step: one fills up, one runs full
+OPTIMIZER_STEPS = 4  # the first is not counted
+ADAM_STATES = (
+    3  # copies of the weights in last.ckpt: they and two moments; best.ckpt holds one more
+)
+
+
+def spread(problems: Sequence[Problem], num: int) -> list[Problem]:
+    """Returns num problems at equal distances, all of them if there are no more."""
+    if num >= len(problems):
+        return list(problems)
+    return [problems[index * len(problems) // num] for index in range(num)]
+
+
+def try_out(cli: Any, loop: Loop, made: Any, *, seconds: float) -> Rates:
+    """Returns the rates of this machine, from some problems, completions and optimizer steps.
+
+    Args:
+        cli: the parsed command line of `restem fit`.
+        loop: what the run's iterations would share.
+        made: its configured objects, freshly made.
+        seconds: about how long each kind of completions may take.
+    """
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        before = time.monotonic()
+        policy = load_policy(loop.base, loop.engine)
+        load_s = time.monotonic() - before
+        sampling, store = _try_sampling(loop, policy, folder, seconds)
+        selection = select_completions(store, **vars(loop.selection))
+        accepted = _any_completions(store, selection.accepted)
+        num_problems = selection.funnel["num_problems"]
+        del policy
+        release_memory()
+        made.data.accepted = str(folder / "accepted.parquet")
+        write_accepted(made.data.accepted, accepted)
+        sequence_tokens = sum(
+            len(accepted[name].combine_chunks().flatten())
+            for name in ("prompt_ids", "completion_ids")
+        ) / len(accepted)
+        sequences_per_s, checkpoint_bytes = _try_training(cli, made, folder)
+        policy_bytes = sum(
+            path.stat().st_size for path in (folder / "policy").rglob("*") if path.is_file()
+        )
+    return Rates(
+        origin=f"measured here in {time.monotonic() - start:.0f} s, on {num_problems} of "
+        f"{len(loop.train)} problems",
+        sampling=sampling,
+        accepted_per_problem=selection.funnel["accepted"] / num_problems,
+        sequence_tokens=sequence_tokens,
+        training_tokens_per_s=sequences_per_s * sequence_tokens,
+        policy_bytes=policy_bytes,
+        checkpoint_bytes=checkpoint_bytes,
+        memory_bytes=_peak_memory(),
+        load_s=load_s,
+    )
+
+
+def _try_sampling(
+    loop: Loop, policy: Policy, folder: Path, seconds: float
+) -> tuple[dict[str, Sampling], CompletionStore]:
+    """Draws a little of each kind of completion; returns the rates and the E-step's store."""
+    held_out = [problem for problems in loop.held_out.values() for problem in problems]
+    wanted = {"e_step": (loop.train, loop.sampling)}
+    wanted |= {kind: (held_out, p) for kind, p in loop.evaluation.stages(loop.sampling).items()}
+    if loop.validation:
+        wanted["validation"] = (loop.validation, loop.validation_sampling)
+    rates, stores = {}, {}
+    for kind, (problems, params) in wanted.items():
+        if problems:
+            rates[kind], stores[kind] = _drawn(
+                loop, policy, kind, problems, params, folder, seconds
+            )
+    return rates, stores["e_step"]
+
+
+def _drawn(
+    loop: Loop,
+    policy: Policy,
+    kind: str,
+    problems: list[Problem],
+    params: SamplingParams,
+    folder: Path,
+    seconds: float,
+) -> tuple[Sampling, CompletionStore]:
+    """Draws twice: an eighth of what fills the sampler's batch, then as much as the time allows."""
+    full = max(2, math.ceil(BATCHES * (loop.engine.max_batch_size or 256) / params.n))
+    took, num = 0.0, max(1, full // 8)
+    for place in ("first", "second"):
+        some, store = spread(problems, num), CompletionStore(folder / kind / place)
+        stage = replace(loop.stage(policy, 0), params=params, purpose=f"plan/{kind}/{place}/")
+        start = time.monotonic()
+        fill_store(store, some, stage, e_step=loop.e_step, show=f"trial {kind}")
+        took = time.monotonic() - start
+        num = max(1, min(full, int(num * seconds / took)))
+    num_tokens = num_completions = 0
+    for part in store.iter_batches(["completion_ids"]):
+        num_tokens += len(part["completion_ids"].flatten())
+        num_completions += part.num_rows
+    stored = sum(path.stat().st_size for path in store.folder.glob("*.parquet"))
+    rate = Sampling(
+        tokens=num_tokens / num_completions,
+        tokens_per_s=num_tokens / took,
+        stored_bytes=stored / num_completions,
+    )
+    return rate, store
+
+
+def _any_completions(store: CompletionStore, accepted: pa.Table) -> pa.Table:
+    """Returns accepted completions, or where none is correct any: they take as long to train on."""
+    if accepted.num_rows:
+        return accepted
+    table = store.read([name for name in accepted.column_names if name != "weight"])
+    ones = pa.repeat(pa.scalar(1.0, pa.float32()), table.num_rows)
+    return table.append_column("weight", ones).cast(accepted.schema)
+
+
+class _Clock(Callback):
+    """Notes when each optimizer step ends, and takes the export at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.ends, self.num_sequences = folder, [], []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, _: int):
+        self.ends.append(time.monotonic())
+        self.num_sequences.append(batch.num_sequences)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        export_policy(pl_module, self.folder / "policy", source_policy=pl_module.policy)
+
+
+def _try_training(cli: Any, made: Any, folder: Path) -> tuple[float, float]:
+    """Takes some optimizer steps; returns sequences/s and the bytes of an M-step's checkpoints."""
+    clock = _Clock(folder)
+    trainer = cli.make_trainer(
+        made,
+        callbacks=[clock],
+        logger=False,
+        default_root_dir=str(folder),
+        max_steps=OPTIMIZER_STEPS,
+        max_epochs=OPTIMIZER_STEPS,
+        limit_val_batches=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(made.model, made.data)
+    if len(clock.ends) < 2:
+        raise UserError("the trial took no optimizer step; raise sampling.n")
+    size = sum(p.numel() * p.element_size() for p in made.model.parameters())
+    rate = sum(clock.num_sequences[1:]) / (clock.ends[-1] - clock.ends[0])
+    made.model.model = None
+    release_memory()
+    return rate, (2 * ADAM_STATES + 1) * size
+
+
+def _peak_memory() -> float:
+    """Returns the most memory that this process has held: of its GPU, or without one its own."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_reserved())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

@@ -1,0 +1,129 @@
+"""A plan is counts times rates; worked out by hand."""
+
+import pytest
+
+from restem_lightning.errors import UserError
+from restem_lightning.plan.costs import (
+    DEVICES,
+    Rates,
+    Sampling,
+    Shape,
+    Volume,
+    make_plan,
+    rates_on_paper,
+    shown,
+)
+
+SEVEN_B = Shape(num_parameters=7.6e9, num_layers=28, hidden_size=3584, kv_bytes=57344)
+
+
+def volume(**changes):
+    values = {
+        "iterations": 3,
+        "num_problems": 100,
+        "n": 8,
+        "max_per_problem": 2,
+        "max_epochs": 4,
+        "completions": {"greedy": 50, "sampled": 200, "validation": 20},
+        "looks": 5,
+        "num_ranks": 1,
+    }
+    return Volume(**values | changes)
+
+
+def rates(**changes):
+    one = Sampling(tokens=10, tokens_per_s=100, stored_bytes=7)
+    values = {
+        "origin": "by hand",
+        "sampling": dict.fromkeys(("e_step", "greedy", "sampled", "validation"), one),
+        "accepted_per_problem": 1.5,
+        "sequence_tokens": 40,
+        "training_tokens_per_s": 300,
+        "policy_bytes": 1000,
+        "checkpoint_bytes": 5000,
+        "memory_bytes": 1e6,
+        "load_s": 2,
+    }
+    return Rates(**values | changes)
+
+
+def test_an_iteration_is_counts_times_rates():
+    rows = {row.stage: row[1:] for row in make_plan(volume(), rates()).rows}
+    assert rows["E-step"] == (800, 8000, 80, 5600)
+    assert rows["M-step"] == (600, 24000, 80, 150 * 7 + 1000)
+    assert rows["D_val"] == (100, 1000, 10, 0)
+    assert rows["evaluation (greedy)"] == (50, 500, 5, 350)
+    assert rows["evaluation (sampled)"] == (200, 2000, 20, 1400)
+
+
+def test_the_run_is_its_iterations_after_the_base_models_measures():
+    plan = make_plan(volume(), rates())
+    assert plan.base == 5 + 20 + 2
+    assert plan.seconds == 27 + 3 * (80 + 80 + 10 + 5 + 20 + 4)
+    assert plan.drawn_tokens == 3 * (8000 + 1000 + 500 + 2000) + 2500
+    assert plan.disk_bytes == 3 * (5600 + 2050 + 350 + 1400) + 1750
+
+
+def test_ranks_share_the_work_and_the_device_hours_stay():
+    one, four = (
+        make_plan(volume(), rates(load_s=0)),
+        make_plan(volume(num_ranks=4), rates(load_s=0)),
+    )
+    assert four.seconds == one.seconds / 4
+    assert four.device_hours == one.device_hours
+
+
+def test_without_validation_problems_there_are_no_looks():
+    plan = make_plan(volume(completions={"greedy": 50}), rates())
+    assert [row.stage for row in plan.rows] == ["E-step", "M-step", "evaluation (greedy)"]
+
+
+def on_paper(**changes):
+    values = {
+        "device": "h100",
+        "batch": 512,
+        "prompt_tokens": 1000,
+        "completion_tokens": 512,
+        "acceptance_rate": 0.5,
+        "parameter_bytes": 4,
+        "micro_batch_tokens": 4096,
+        "checkpointing": True,
+    }
+    counts = changes.pop("counts", volume(n=32, max_per_problem=10))
+    return rates_on_paper(counts, SEVEN_B, **values | changes)
+
+
+def test_on_paper_a_decode_step_reads_weights_and_own_keys_and_multiplies():
+    read = 2 * 7.6e9 + 512 * 256 * 57344
+    step = read / (0.8 * 3.35e12) + 2 * 7.6e9 * 512 / (0.6 * 989e12) + 0.001
+    assert on_paper().sampling["e_step"].tokens_per_s == pytest.approx(512 / step)
+
+
+def test_on_paper_training_takes_eight_flops_a_parameter_with_checkpointing_and_six_without():
+    assert on_paper().training_tokens_per_s == pytest.approx(0.4 * 989e12 / (8 * 7.6e9))
+    assert on_paper(checkpointing=False).training_tokens_per_s == pytest.approx(
+        0.4 * 989e12 / (6 * 7.6e9)
+    )
+
+
+def test_on_paper_the_quota_bounds_what_is_accepted():
+    assert on_paper().accepted_per_problem == 10
+    assert on_paper(acceptance_rate=0.1).accepted_per_problem == pytest.approx(3.2)
+
+
+def test_on_paper_states_are_sharded_over_the_ranks():
+    """7.6 billion parameters with 16 bytes each do not fit one 80 GB GPU, and do on 8 nodes."""
+    assert on_paper().memory_bytes > DEVICES["h100"].memory_bytes
+    many = on_paper(counts=volume(n=32, max_per_problem=10, num_ranks=64))
+    assert many.memory_bytes < DEVICES["h100"].memory_bytes
+
+
+def test_an_unknown_device_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match=r"device \(tpu\) must be one of a100, h100, h200"):
+        on_paper(device="tpu")
+
+
+def test_the_table_names_every_figure_with_its_unit():
+    text = shown(make_plan(volume(), rates()))
+    for part in ("800", "8,000", "80 s", "3 in all", "10 min", "tokens drawn", "1.0 MB", "by hand"):
+        assert part in text

@@ -1,0 +1,72 @@
+"""`restem plan` on a run small enough to be made, and what that run then took."""
+
+import json
+
+import pytest
+
+from restem_lightning.completions import CompletionStore
+from restem_lightning.plan.costs import DEVICES
+from restem_lightning.run_dir import RunDir
+
+
+@pytest.fixture(scope="module")
+def plan_words(fit_words, tmp_path_factory):
+    """Words of `restem fit` for a tiny run, without its verb, and its run folder."""
+    run_dir = tmp_path_factory.mktemp("plan") / "run"
+    return fit_words(run_dir)[1:], run_dir
+
+
+def planned(restem, words, *more):
+    result = restem("plan", *words, "--plan.json", "true", *more)
+    assert result.code == 0, result.err
+    return json.loads(result.out.splitlines()[-1])
+
+
+def test_a_plan_foretells_the_run(restem, plan_words):
+    words, run_dir = plan_words
+    plan = planned(restem, words)
+    assert not run_dir.exists()
+    assert restem("fit", *words).code == 0
+    run = RunDir(run_dir)
+    drawn = 0
+    for iteration in (0, 1):
+        for pool in run.iteration(iteration).path.rglob("pool.json"):
+            for batch in CompletionStore(pool.parent).iter_batches(["completion_ids"]):
+                drawn += len(batch["completion_ids"].flatten())
+    looks = next(row["tokens"] for row in plan["rows"] if row["stage"] == "D_val")
+    assert plan["drawn_tokens"] - looks == pytest.approx(drawn, rel=0.2)
+    rows = {row["stage"]: row for row in plan["rows"]}
+    assert rows["E-step"]["items"] == 24 * 4
+    assert rows["evaluation (greedy)"]["items"] == 8
+    size = sum(path.stat().st_size for path in run_dir.rglob("*.safetensors"))
+    assert plan["disk_bytes"] > size
+
+
+def test_on_paper_nothing_runs_and_more_devices_take_less_time(restem, plan_words):
+    words, _ = plan_words
+    paper = ("--plan.on", "h100", "--engine.device", "auto")
+    one = planned(restem, words, *paper)
+    eight = planned(restem, words, *paper, "--trainer.devices", "8")
+    assert "on paper, h100" in one["origin"]
+    assert eight["seconds"] < one["seconds"]
+    assert one["memory_bytes"] < DEVICES["h100"].memory_bytes
+
+
+def test_mistakes_end_in_one_line(restem, plan_words):
+    words, _ = plan_words
+    for more, expected in (
+        (("--plan.seconds", "0"), "plan.seconds (0.0) must be above 0"),
+        (("--plan.on", "tpu"), "plan.on"),
+        (("--sampling.n", "0"), "n (0) must be at least 1"),
+    ):
+        result = restem("plan", *words, *more)
+        assert result.code == 2
+        assert expected in result.err
+        assert len(result.err.strip().splitlines()) == 1
+
+
+def test_help_explains_the_plans_own_options(restem):
+    result = restem("plan", "--help")
+    assert result.code == 0
+    for text in ("--plan.on", "--plan.seconds", "--sampling.n", "Says what the run"):
+        assert text in result.out
