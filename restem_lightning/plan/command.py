@@ -75,7 +75,7 @@ def plan(words: list[str]) -> None:
     """
     cli = make_cli(words, PlanCLI, verb="plan")
     params = cli.build().plan
-    with _opened(cli) as (loop, made):
+    with _opened(cli, needs_weights=params.on == "here") as (loop, made):
         counts = volume(cli, loop)
         if params.on == "here":
             rates = try_out(cli, loop, made, seconds=params.seconds)
@@ -86,10 +86,12 @@ def plan(words: list[str]) -> None:
 
 
 @contextmanager
-def _opened(cli: Any) -> Iterator[tuple[Loop, Any]]:
+def _opened(cli: Any, *, needs_weights: bool) -> Iterator[tuple[Loop, Any]]:
     """Yields what a run's iterations would share, with a run folder that is thrown away."""
     made = cli.build()
-    base = resolve_policy(cli.config.policy)
+    base = cli.config.policy  # on paper, config and tokenizer are enough, from a hub too
+    if needs_weights or base == "embedded":
+        base = resolve_policy(base)
     cli.config.model.policy = base
     with tempfile.TemporaryDirectory() as name:
         run = RunDir(name)
@@ -137,8 +139,10 @@ def _devices_of_a_node(devices: Any) -> int:
 
 def as_json(found: Plan) -> str:
     """Returns a plan as a JSON object."""
-    rows = [row._asdict() for row in found.rows]
-    return json.dumps({**found._asdict(), "rows": rows})
+    rows = {
+        name: [row._asdict() for row in getattr(found, name)] for name in ("base", "first", "later")
+    }
+    return json.dumps({**found._asdict(), **rows})
 
 
 def _on_paper(params: PlanParams, counts: Volume, loop: Loop, made: Any) -> Rates:

@@ -2,8 +2,9 @@
 
 Everything is a product of a count and a rate. Counts are known from the settings and the problems.
 Rates come from a small trial of the real thing (`trial.py`), or from the formulas of
-`rates_on_paper` for hardware that is elsewhere. A plan assumes that lengths and the share of
-correct completions stay as they are at the start, and that every M-step uses all of its epochs.
+`rates_on_paper` for hardware that is elsewhere. A plan assumes that a trained policy writes
+completions as long as those it was trained on, that the share of correct ones stays as it is at
+the start, and that every M-step uses all of its epochs.
 """
 
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ class Rates:
         origin: where they are from, for the reader.
         sampling: by kind: e_step, and the kinds of `Volume.completions`.
         accepted_per_problem: completions.
-        sequence_tokens: of an accepted completion with its prompt.
+        accepted_tokens: of an accepted completion, and so of a trained policy's.
+        prompt_tokens: before it.
         training_tokens_per_s: prompt and completion tokens.
         policy_bytes: of a policy folder.
         checkpoint_bytes: of an M-step's checkpoints at the most.
@@ -74,7 +76,8 @@ class Rates:
     origin: str
     sampling: dict[str, Sampling]
     accepted_per_problem: float
-    sequence_tokens: float
+    accepted_tokens: float
+    prompt_tokens: float
     training_tokens_per_s: float
     policy_bytes: float
     checkpoint_bytes: float
@@ -104,9 +107,10 @@ class Plan(NamedTuple):
     """What a run will take.
 
     Attributes:
-        rows: the stages of one iteration.
-        iterations: how often they come.
-        base: what measuring the base model takes, in seconds, before the first of them.
+        base: the stages before the first iteration: the base model's own measures.
+        first: the stages of the first iteration.
+        later: the stages of each later one.
+        iterations: how many there are.
         seconds: of the whole run.
         device_hours: `seconds` on all ranks.
         drawn_tokens: of the whole run.
@@ -116,9 +120,10 @@ class Plan(NamedTuple):
         origin: of the rates.
     """
 
-    rows: list[Row]
+    base: list[Row]
+    first: list[Row]
+    later: list[Row]
     iterations: int
-    base: float
     seconds: float
     device_hours: float
     drawn_tokens: float
@@ -130,68 +135,90 @@ class Plan(NamedTuple):
 
 def make_plan(volume: Volume, rates: Rates) -> Plan:
     """Returns what a run of these counts takes at these rates."""
-
-    def drawn(stage: str, kind: str, num: float) -> Row:
-        one = rates.sampling[kind]
-        seconds = num * one.tokens / one.tokens_per_s / volume.num_ranks
-        return Row(stage, num, num * one.tokens, seconds, num * one.stored_bytes)
-
-    e_step = drawn("E-step", "e_step", volume.num_problems * volume.n)
-    num_accepted = rates.accepted_per_problem * volume.num_problems
-    num_trained = num_accepted * volume.max_epochs
-    tokens = num_trained * rates.sequence_tokens
-    seconds = tokens / rates.training_tokens_per_s / volume.num_ranks
-    stored = num_accepted * rates.sampling["e_step"].stored_bytes + rates.policy_bytes
-    rows = [e_step, Row("M-step", num_trained, tokens, seconds, stored)]
-    evaluation = [
-        drawn(f"evaluation ({kind})", kind, num)
-        for kind, num in volume.completions.items()
-        if kind != "validation"
+    base = _evaluation(volume, rates, None)
+    trained = [
+        _m_step(volume, rates),
+        _drawn("D_val", "validation", volume, rates, rates.accepted_tokens, volume.looks),
+        *_evaluation(volume, rates, rates.accepted_tokens),
     ]
-    if looks := volume.completions.get("validation", 0) * volume.looks:
-        rows.append(drawn("D_val", "validation", looks)._replace(stored_bytes=0))
-    rows += evaluation
-    base = sum(row.seconds for row in evaluation) + rates.load_s
-    loads = 2 * rates.load_s  # the sampler of the E-step, then that of the evaluation
-    total = base + volume.iterations * (loads + sum(row.seconds for row in rows))
-    once = sum(row.stored_bytes for row in evaluation)
-    drawn_once = sum(row.tokens for row in rows if row.stage != "M-step")
+    first = [_drawn("E-step", "e_step", volume, rates, None), *trained]
+    later = [_drawn("E-step", "e_step", volume, rates, rates.accepted_tokens), *trained]
+    rows = [*base, *first, *(volume.iterations - 1) * later]
+    num_loads = 1 + 2 * volume.iterations  # the sampler of an E-step, then that of the evaluation
+    seconds = sum(row.seconds for row in rows) + num_loads * rates.load_s
     return Plan(
-        rows=rows,
-        iterations=volume.iterations,
         base=base,
-        seconds=total,
-        device_hours=total / 3600 * volume.num_ranks,
-        drawn_tokens=volume.iterations * drawn_once + sum(row.tokens for row in evaluation),
-        disk_bytes=volume.iterations * sum(row.stored_bytes for row in rows) + once,
+        first=[row for row in first if row.items],
+        later=[row for row in later if row.items],
+        iterations=volume.iterations,
+        seconds=seconds,
+        device_hours=seconds / 3600 * volume.num_ranks,
+        drawn_tokens=sum(row.tokens for row in rows if row.stage != "M-step"),
+        disk_bytes=sum(row.stored_bytes for row in rows),
         transient_bytes=rates.checkpoint_bytes,
         memory_bytes=rates.memory_bytes,
         origin=rates.origin,
     )
 
 
+def _drawn(
+    stage: str, kind: str, volume: Volume, rates: Rates, tokens: float | None, times: int = 1
+) -> Row:
+    """Returns the row of completions of a kind, of so many tokens each, None for the base model's.
+
+    D_val's are not kept.
+    """
+    num = {**volume.completions, "e_step": volume.num_problems * volume.n}.get(kind, 0) * times
+    if not num:
+        return Row(stage, 0, 0, 0, 0)
+    one = rates.sampling[kind]
+    drawn = num * (one.tokens if tokens is None else tokens)
+    stored = 0 if kind == "validation" else drawn * one.stored_bytes / one.tokens
+    return Row(stage, num, drawn, drawn / one.tokens_per_s / volume.num_ranks, stored)
+
+
+def _evaluation(volume: Volume, rates: Rates, tokens: float | None) -> list[Row]:
+    kinds = [kind for kind in volume.completions if kind != "validation"]
+    return [_drawn(f"evaluation ({kind})", kind, volume, rates, tokens) for kind in kinds]
+
+
+def _m_step(volume: Volume, rates: Rates) -> Row:
+    accepted = rates.accepted_per_problem * volume.num_problems
+    one = rates.sampling["e_step"]
+    stored = accepted * rates.accepted_tokens * one.stored_bytes / one.tokens + rates.policy_bytes
+    items = accepted * volume.max_epochs
+    tokens = items * (rates.prompt_tokens + rates.accepted_tokens)
+    seconds = tokens / rates.training_tokens_per_s / volume.num_ranks
+    return Row("M-step", items, tokens, seconds, stored)
+
+
 def shown(plan: Plan) -> str:
-    """Returns a plan as a table."""
-    lines = [f"{'stage':24}{'items':>12}{'tokens':>16}{'time':>10}{'disk':>10}"]
-    for row in plan.rows:
-        lines.append(
-            f"{row.stage:24}{row.items:12,.0f}{row.tokens:16,.0f}{_time(row.seconds):>10}"
+    """Returns a plan as tables."""
+    lines = []
+    parts = {"base model": plan.base, "iteration 1": plan.first}
+    if plan.iterations > 1:
+        last = f" to {plan.iterations}" if plan.iterations > 2 else ""
+        parts[f"iteration 2{last}{', each' if last else ''}"] = plan.later
+    for title, rows in parts.items():
+        lines.append(f"{title:24}{'items':>12}{'tokens':>16}{'time':>10}{'disk':>10}")
+        lines += [
+            f"  {row.stage:22}{row.items:12,.0f}{row.tokens:16,.0f}{_time(row.seconds):>10}"
             f"{_size(row.stored_bytes):>10}"
-        )
-    lines += [
-        "",
-        f"one iteration as above, {plan.iterations} in all, after {_time(plan.base)} for the base "
-        "model's own measures",
-        f"in all    {_time(plan.seconds)} ({plan.device_hours:.3g} device hours), "
-        f"{plan.drawn_tokens:,.0f} tokens drawn",
-        f"disk      {_size(plan.disk_bytes)} at the end, and {_size(plan.transient_bytes)} of "
-        "checkpoints while an M-step runs",
-        f"memory    {_size(plan.memory_bytes)} a rank at the most",
-        f"rates     {plan.origin}",
-        "M-steps that stop early take less; lengths and shares of correct completions are those of "
-        "the policy as it is now.",
-    ]
-    return "\n".join(lines)
+            for row in rows
+        ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"in all    {_time(plan.seconds)} ({plan.device_hours:.3g} device hours), "
+            f"{plan.drawn_tokens:,.0f} tokens drawn",
+            f"disk      {_size(plan.disk_bytes)} at the end, and {_size(plan.transient_bytes)} of "
+            "checkpoints while an M-step runs",
+            f"memory    {_size(plan.memory_bytes)} a rank at the most",
+            f"rates     {plan.origin}",
+            "M-steps that stop early take less; better policies give more completions to train on.",
+        ]
+    )
 
 
 def _time(seconds: float) -> str:
@@ -303,7 +330,8 @@ def rates_on_paper(
         f"{acceptance_rate:.0%} of them correct",
         sampling=dict.fromkeys(("e_step", *volume.completions), one),
         accepted_per_problem=min(most, volume.n * acceptance_rate),
-        sequence_tokens=prompt_tokens + completion_tokens,
+        accepted_tokens=completion_tokens,
+        prompt_tokens=prompt_tokens,
         training_tokens_per_s=TRAINING_SHARE * card.flops / flops,
         policy_bytes=parameter_bytes * size,
         checkpoint_bytes=5 * parameter_bytes * size,  # last: weights, two moments; best; the next

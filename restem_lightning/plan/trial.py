@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 
 from restem_lightning.completions import CompletionStore
 from restem_lightning.errors import UserError
-from restem_lightning.loop.callback import Loop
+from restem_lightning.loop.callback import VALIDATION_CACHE_TOKENS, Loop
 from restem_lightning.loop.e_step import fill_store
 from restem_lightning.loop.stage import Policy, load_policy
 from restem_lightning.loop.weights import release_memory
@@ -59,25 +59,28 @@ def try_out(cli: Any, loop: Loop, made: Any, *, seconds: float) -> Rates:
         selection = select_completions(store, **vars(loop.selection))
         accepted = _any_completions(store, selection.accepted)
         num_problems = selection.funnel["num_problems"]
+        tokens = {
+            name: len(accepted[name].combine_chunks().flatten()) / len(accepted)
+            for name in ("prompt_ids", "completion_ids")
+        }
         del policy
         release_memory()
         made.data.accepted = str(folder / "accepted.parquet")
         write_accepted(made.data.accepted, accepted)
-        sequence_tokens = sum(
-            len(accepted[name].combine_chunks().flatten())
-            for name in ("prompt_ids", "completion_ids")
-        ) / len(accepted)
-        sequences_per_s, checkpoint_bytes = _try_training(cli, made, folder)
-        policy_bytes = sum(
-            path.stat().st_size for path in (folder / "policy").rglob("*") if path.is_file()
-        )
+        clock = _Clock(loop, folder, seconds)
+        _take_steps(cli, made, clock, folder)
+        if clock.validation is not None:
+            sampling["validation"] = clock.validation
+        policy_bytes = _bytes_below(folder / "policy")
+        checkpoint_bytes = 2 * _bytes_below(folder / "last.ckpt") + policy_bytes
     return Rates(
         origin=f"measured here in {time.monotonic() - start:.0f} s, on {num_problems} of "
         f"{len(loop.train)} problems",
         sampling=sampling,
         accepted_per_problem=selection.funnel["accepted"] / num_problems,
-        sequence_tokens=sequence_tokens,
-        training_tokens_per_s=sequences_per_s * sequence_tokens,
+        accepted_tokens=tokens["completion_ids"],
+        prompt_tokens=tokens["prompt_ids"],
+        training_tokens_per_s=clock.sequences_per_s() * sum(tokens.values()),
         policy_bytes=policy_bytes,
         checkpoint_bytes=checkpoint_bytes,
         memory_bytes=_peak_memory(),
@@ -92,8 +95,6 @@ def _try_sampling(
     held_out = [problem for problems in loop.held_out.values() for problem in problems]
     wanted = {"e_step": (loop.train, loop.sampling)}
     wanted |= {kind: (held_out, p) for kind, p in loop.evaluation.stages(loop.sampling).items()}
-    if loop.validation:
-        wanted["validation"] = (loop.validation, loop.validation_sampling)
     rates, stores = {}, {}
     for kind, (problems, params) in wanted.items():
         if problems:
@@ -145,22 +146,45 @@ def _any_completions(store: CompletionStore, accepted: pa.Table) -> pa.Table:
 
 
 class _Clock(Callback):
-    """Notes when each optimizer step ends, and takes the export at the end."""
+    """Times optimizer steps, and does at the end what the loop does beside training weights."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.ends, self.num_sequences = folder, [], []
+    def __init__(self, loop: Loop, folder: Path, seconds: float) -> None:
+        self.loop, self.folder, self.seconds = loop, folder, seconds
+        self.ends: list[float] = []
+        self.num_sequences: list[int] = []
+        self.validation: Sampling | None = None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, _: int):
         self.ends.append(time.monotonic())
         self.num_sequences.append(batch.num_sequences)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.save_checkpoint(self.folder / "last.ckpt")
         export_policy(pl_module, self.folder / "policy", source_policy=pl_module.policy)
+        if self.loop.validation:
+            loop = self.loop
+            tokens = min(
+                loop.engine.cache_tokens or VALIDATION_CACHE_TOKENS, VALIDATION_CACHE_TOKENS
+            )
+            policy = load_policy(loop.base, replace(loop.engine, cache_tokens=tokens))
+            self.validation, _ = _drawn(
+                loop, policy, "validation", loop.validation, loop.validation_sampling,
+                self.folder, self.seconds,
+            )  # fmt: skip
+
+    def sequences_per_s(self) -> float:
+        """Returns the rate after the first step.
+
+        Raises:
+            UserError: there was no second step.
+        """
+        if len(self.ends) < 2:
+            raise UserError("the trial took fewer than 2 optimizer steps; raise trainer.max_steps")
+        return sum(self.num_sequences[1:]) / (self.ends[-1] - self.ends[0])
 
 
-def _try_training(cli: Any, made: Any, folder: Path) -> tuple[float, float]:
-    """Takes some optimizer steps; returns sequences/s and the bytes of an M-step's checkpoints."""
-    clock = _Clock(folder)
+def _take_steps(cli: Any, made: Any, clock: _Clock, folder: Path) -> None:
+    """Takes some optimizer steps with the run's own module, data and trainer."""
     trainer = cli.make_trainer(
         made,
         callbacks=[clock],
@@ -173,13 +197,14 @@ def _try_training(cli: Any, made: Any, folder: Path) -> tuple[float, float]:
         enable_progress_bar=False,
     )
     trainer.fit(made.model, made.data)
-    if len(clock.ends) < 2:
-        raise UserError("the trial took no optimizer step; raise sampling.n")
-    size = sum(p.numel() * p.element_size() for p in made.model.parameters())
-    rate = sum(clock.num_sequences[1:]) / (clock.ends[-1] - clock.ends[0])
     made.model.model = None
     release_memory()
-    return rate, (2 * ADAM_STATES + 1) * size
+
+
+def _bytes_below(path: Path) -> float:
+    """Returns the size of a file, or of all files of a folder."""
+    files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
+    return float(sum(file.stat().st_size for file in files))
 
 
 def _peak_memory() -> float:

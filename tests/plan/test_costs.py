@@ -37,7 +37,8 @@ def rates(**changes):
         "origin": "by hand",
         "sampling": dict.fromkeys(("e_step", "greedy", "sampled", "validation"), one),
         "accepted_per_problem": 1.5,
-        "sequence_tokens": 40,
+        "accepted_tokens": 20,
+        "prompt_tokens": 20,
         "training_tokens_per_s": 300,
         "policy_bytes": 1000,
         "checkpoint_bytes": 5000,
@@ -48,20 +49,25 @@ def rates(**changes):
 
 
 def test_an_iteration_is_counts_times_rates():
-    rows = {row.stage: row[1:] for row in make_plan(volume(), rates()).rows}
-    assert rows["E-step"] == (800, 8000, 80, 5600)
-    assert rows["M-step"] == (600, 24000, 80, 150 * 7 + 1000)
-    assert rows["D_val"] == (100, 1000, 10, 0)
-    assert rows["evaluation (greedy)"] == (50, 500, 5, 350)
-    assert rows["evaluation (sampled)"] == (200, 2000, 20, 1400)
+    """A trained policy writes completions as long as those that it was trained on."""
+    plan = make_plan(volume(), rates())
+    first = {row.stage: row[1:] for row in plan.first}
+    later = {row.stage: row[1:] for row in plan.later}
+    assert first["E-step"] == (800, 8000, 80, 5600)
+    assert later["E-step"] == (800, 16000, 160, 11200)
+    assert first["M-step"] == later["M-step"] == (600, 24000, 80, 150 * 14 + 1000)
+    assert first["D_val"] == (100, 2000, 20, 0)
+    assert first["evaluation (greedy)"] == (50, 1000, 10, 700)
+    assert plan.base[1][1:] == (200, 2000, 20, 1400)
 
 
 def test_the_run_is_its_iterations_after_the_base_models_measures():
     plan = make_plan(volume(), rates())
-    assert plan.base == 5 + 20 + 2
-    assert plan.seconds == 27 + 3 * (80 + 80 + 10 + 5 + 20 + 4)
-    assert plan.drawn_tokens == 3 * (8000 + 1000 + 500 + 2000) + 2500
-    assert plan.disk_bytes == 3 * (5600 + 2050 + 350 + 1400) + 1750
+    trained = 80 + 20 + 10 + 40
+    assert plan.seconds == 25 + (80 + trained) + 2 * (160 + trained) + 7 * 2
+    assert plan.drawn_tokens == 2500 + (8000 + 7000) + 2 * (16000 + 7000)
+    kept = 3100 + 700 + 2800
+    assert plan.disk_bytes == 1750 + (5600 + kept) + 2 * (11200 + kept)
 
 
 def test_ranks_share_the_work_and_the_device_hours_stay():
@@ -75,7 +81,7 @@ def test_ranks_share_the_work_and_the_device_hours_stay():
 
 def test_without_validation_problems_there_are_no_looks():
     plan = make_plan(volume(completions={"greedy": 50}), rates())
-    assert [row.stage for row in plan.rows] == ["E-step", "M-step", "evaluation (greedy)"]
+    assert [row.stage for row in plan.first] == ["E-step", "M-step", "evaluation (greedy)"]
 
 
 def on_paper(**changes):
@@ -125,5 +131,14 @@ def test_an_unknown_device_is_refused_with_the_known_ones():
 
 def test_the_table_names_every_figure_with_its_unit():
     text = shown(make_plan(volume(), rates()))
-    for part in ("800", "8,000", "80 s", "3 in all", "10 min", "tokens drawn", "1.0 MB", "by hand"):
+    for part in (
+        "800",
+        "8,000",
+        "80 s",
+        "2 to 3, each",
+        "15 min",
+        "tokens drawn",
+        "1.0 MB",
+        "by hand",
+    ):
         assert part in text

@@ -33,9 +33,9 @@ def test_a_plan_foretells_the_run(restem, plan_words):
         for pool in run.iteration(iteration).path.rglob("pool.json"):
             for batch in CompletionStore(pool.parent).iter_batches(["completion_ids"]):
                 drawn += len(batch["completion_ids"].flatten())
-    looks = next(row["tokens"] for row in plan["rows"] if row["stage"] == "D_val")
+    rows = {row["stage"]: row for row in plan["first"]}
+    looks = rows["D_val"]["tokens"]
     assert plan["drawn_tokens"] - looks == pytest.approx(drawn, rel=0.2)
-    rows = {row["stage"]: row for row in plan["rows"]}
     assert rows["E-step"]["items"] == 24 * 4
     assert rows["evaluation (greedy)"]["items"] == 8
     size = sum(path.stat().st_size for path in run_dir.rglob("*.safetensors"))
