@@ -31,7 +31,7 @@ class PlanParams:
     Args:
         on: "here" tries a little of the run on this machine and measures; a100, h100 and h200 give
             figures on paper for such GPUs, as many as trainer.devices x trainer.num_nodes says.
-        seconds: of the trial, for each kind of completions.
+        seconds: of the trial, for each kind of completions and for the optimizer steps, about.
         completion_tokens: on paper, tokens of a completion; null for half of
             sampling.max_new_tokens.
         acceptance_rate: on paper, the share of correct completions.

@@ -47,7 +47,7 @@ def try_out(cli: Any, loop: Loop, made: Any, *, seconds: float) -> Rates:
         cli: the parsed command line of `restem fit`.
         loop: what the run's iterations would share.
         made: its configured objects, freshly made.
-        seconds: about how long each kind of completions may take.
+        seconds: about how long each kind of completions, and the optimizer steps, may take.
     """
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
@@ -66,6 +66,9 @@ def try_out(cli: Any, loop: Loop, made: Any, *, seconds: float) -> Rates:
         del policy
         release_memory()
         made.data.accepted = str(folder / "accepted.parquet")
+        # A token trained on costs about three of a forward pass; a slow machine takes small steps.
+        affordable = seconds * sampling["e_step"].tokens_per_s / (3 * sum(tokens.values()))
+        made.data.batch_size = min(made.data.batch_size, max(1, int(affordable / OPTIMIZER_STEPS)))
         write_accepted(made.data.accepted, accepted)
         clock = _Clock(loop, folder, seconds)
         _take_steps(cli, made, clock, folder)
