@@ -74,7 +74,7 @@ def plan(words: list[str]) -> None:
         UserError: for a user's mistake.
     """
     cli = make_cli(words, PlanCLI, verb="plan")
-    params = cli.build().plan
+    params = cli.build(1).plan
     with _opened(cli, needs_weights=params.on == "here") as (loop, made):
         counts = volume(cli, loop)
         if params.on == "here":
@@ -88,14 +88,13 @@ def plan(words: list[str]) -> None:
 @contextmanager
 def _opened(cli: Any, *, needs_weights: bool) -> Iterator[tuple[Loop, Any]]:
     """Yields what a run's iterations would share, with a run folder that is thrown away."""
-    made = cli.build()
+    made = cli.build(1)
     base = cli.config.policy  # on paper, config and tokenizer are enough, from a hub too
     if needs_weights or base == "embedded":
         base = resolve_policy(base)
-    cli.config.model.policy = base
     with tempfile.TemporaryDirectory() as name:
         run = RunDir(name)
-        check_settings(cli.config, made, run)
+        check_settings(cli.config_of(1), made, run, 1)
         with open_verifiers(cli.config.verifier, made.verification) as verifiers:
             problems = load_problems(made, verifiers)
             tracker = Tracker(TrackingParams(), run, {})
@@ -103,7 +102,7 @@ def _opened(cli: Any, *, needs_weights: bool) -> Iterator[tuple[Loop, Any]]:
                 made, problems, run=run, base=base, seed=cli.settings()["seed"],
                 verifiers=verifiers, tracker=tracker, stop=None,
             )  # fmt: skip
-            yield loop, cli.build()
+            yield loop, cli.build(1, start=base)
 
 
 def volume(cli: Any, loop: Loop) -> Volume:

@@ -16,8 +16,9 @@ from lightning.pytorch import Callback
 
 from restem_lightning.completions import CompletionStore
 from restem_lightning.errors import UserError
-from restem_lightning.loop.callback import VALIDATION_CACHE_TOKENS, Loop
+from restem_lightning.loop.callback import VALIDATION_CACHE_TOKENS
 from restem_lightning.loop.e_step import fill_store
+from restem_lightning.loop.shared import Loop
 from restem_lightning.loop.stage import Policy, load_policy
 from restem_lightning.loop.weights import release_memory
 from restem_lightning.m_step.export import export_policy
@@ -56,7 +57,7 @@ def try_out(cli: Any, loop: Loop, made: Any, *, seconds: float) -> Rates:
         policy = load_policy(loop.base, loop.engine)
         load_s = time.monotonic() - before
         sampling, store = _try_sampling(loop, policy, folder, seconds)
-        selection = select_completions(store, **vars(loop.selection))
+        selection = select_completions([store], loop.selection)
         accepted = _any_completions(store, selection.accepted)
         num_problems = selection.funnel["num_problems"]
         tokens = {
