@@ -2,8 +2,6 @@
 
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from restem_lightning.completions import CompletionStore
 from restem_lightning.errors import UserError
-from restem_lightning.loop.e_step import EStepParams, fill_store
+from restem_lightning.loop.e_step import EStepParams, e_step_metrics, fill_store
 from restem_lightning.loop.evaluate import EvaluationParams, draw_evaluation, measure, total_reward
 from restem_lightning.loop.parity import measure_parity, parity_warning
 from restem_lightning.loop.progress import Stopwatch
 from restem_lightning.loop.quota import count_skipped
 from restem_lightning.loop.ranks import barrier, is_rank_zero, rank_and_count
 from restem_lightning.loop.stage import Policy, Stage, load_policy
+from restem_lightning.loop.stop_request import Stopped, StopRequest, is_amid_epoch
 from restem_lightning.loop.tracking import Tracker
 from restem_lightning.loop.weights import hand_over, release_memory
 from restem_lightning.m_step.export import export_policy, load_best
@@ -61,7 +60,7 @@ class Loop:
         selection: which completions are accepted.
         evaluation: how policies are measured.
         tracker: sends metrics to where they are watched.
-        check_stop: raises if the run is to stop; called where nothing is lost.
+        stop: whether the run shall stop; asked where nothing is lost.
     """
 
     run: RunDir
@@ -79,7 +78,7 @@ class Loop:
     selection: SelectionParams
     evaluation: EvaluationParams
     tracker: Tracker
-    check_stop: Callable[[], None]
+    stop: StopRequest
 
     def stage(self, policy: Policy, iteration: int) -> Stage:
         """Returns how a policy draws in an iteration, with the settings of the E-step."""
@@ -114,14 +113,14 @@ class ReSTEMCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The E-step: here ranks are connected and no training weights are in memory yet."""
-        self.loop.check_stop()
+        self._stop_if_asked(trainer)
         base_is_measured = self.loop.run.iteration(0).metrics.exists()
         if not (self.paths.funnel.exists() and base_is_measured):
             policy = load_policy(self.sampler_policy, self.loop.engine)
             if self.iteration == 1 and not base_is_measured:
-                self._measure(0, policy)
+                self._measure(trainer, 0, policy)
             if not self.paths.funnel.exists():
-                self._e_step(policy)
+                self._e_step(trainer, policy)
             del policy
             release_memory()
         self._check_parity()
@@ -132,11 +131,23 @@ class ReSTEMCallback(Callback):
         trainer.datamodule.accepted = str(self.paths.accepted)
         self.watch = self._stopwatch("m_step")
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes signals back from Lightning, which has wrapped our handlers by now."""
+        self.loop.stop.install()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stops before the next optimizer step if a signal asked for it."""
-        self.loop.check_stop()
+        """Saves and stops behind an optimizer step if that was asked for.
+
+        Not where a look at D_val or the end of the epoch is due: a checkpoint from before it
+        would make the resumed run leave it out. It writes one itself.
+        """
+        if is_amid_epoch(trainer, batch_idx) and self._is_agreed(trainer):
+            self.watch.lap()
+            name = f"last-{trainer.global_step}.ckpt"  # what `resume_checkpoint` looks for
+            trainer.save_checkpoint(self.paths.m_step / name)
+            raise Stopped
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the reward on D_val with the current weights, for the stop rule."""
@@ -152,6 +163,7 @@ class ReSTEMCallback(Callback):
         release_memory()
         self._export(trainer, pl_module)
         self.watch.lap()
+        self._stop_if_asked(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Measures the new policy and finishes the iteration."""
@@ -159,7 +171,8 @@ class ReSTEMCallback(Callback):
             self._export(trainer, pl_module)
         pl_module.model = None
         release_memory()
-        self._measure(self.iteration, load_policy(str(self.paths.policy), self.loop.engine))
+        policy = load_policy(str(self.paths.policy), self.loop.engine)
+        self._measure(trainer, self.iteration, policy)
         release_memory()
 
     def state_dict(self) -> dict[str, Any]:
@@ -183,15 +196,20 @@ class ReSTEMCallback(Callback):
                 state["best_k_models"] = {_moved(path, here): score for path, score in scores}
                 state["dirpath"] = str(here)
 
-    def _e_step(self, policy: Policy) -> None:
+    def _is_agreed(self, trainer: Trainer) -> bool:
+        """Returns on every rank whether one of them wants to stop; every rank must call it."""
+        is_here = self.loop.stop.is_here()
+        return trainer.strategy.reduce_boolean_decision(is_here, all=False)
+
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        """Stops all ranks if one of them wants to."""
+        if self._is_agreed(trainer):
+            raise Stopped
+
+    def _e_step(self, trainer: Trainer, policy: Policy) -> None:
         """Draws, verifies and selects; writes accepted.parquet, then funnel.json."""
         loop, store = self.loop, CompletionStore(self.paths.completions)
         watch = self._stopwatch("e_step")
-
-        def on_part() -> None:
-            watch.lap()
-            loop.check_stop()
-
         fill_store(
             store,
             loop.train,
@@ -199,10 +217,12 @@ class ReSTEMCallback(Callback):
             e_step=loop.e_step,
             quota=loop.selection if loop.e_step.stop_at_quota else None,
             show=f"E-step {self.iteration}",
-            on_part=on_part,
+            on_part=watch.lap,
+            should_stop=loop.stop.is_asked,
         )
         barrier()
         watch.lap()
+        self._stop_if_asked(trainer)
         if is_rank_zero():
             self._select(store, policy)
         barrier()
@@ -288,7 +308,7 @@ class ReSTEMCallback(Callback):
             load_best(pl_module, best.best_model_path)
         export_policy(pl_module, self.paths.policy, source_policy=pl_module.policy)
 
-    def _measure(self, iteration: int, policy: Policy) -> None:
+    def _measure(self, trainer: Trainer, iteration: int, policy: Policy) -> None:
         """Evaluates a policy on every set and writes the iteration's metrics, then its manifest."""
         loop, paths = self.loop, self.loop.run.iteration(iteration)
         watch = Stopwatch(paths.path / "seconds.json", "evaluation")
@@ -301,9 +321,11 @@ class ReSTEMCallback(Callback):
                 loop.stage(policy, iteration),
                 e_step=loop.e_step,
                 on_part=watch.lap,
+                should_stop=loop.stop.is_asked,
             )
         barrier()
         watch.lap()
+        self._stop_if_asked(trainer)
         if is_rank_zero():
             self._finish(iteration, paths, policy)
         barrier()
@@ -316,7 +338,7 @@ class ReSTEMCallback(Callback):
                 name: measure(paths.path / "evaluation" / name, loop.evaluation)
                 for name in loop.held_out
             },
-            "e_step": _e_step_metrics(paths) if iteration else {},
+            "e_step": e_step_metrics(paths) if iteration else {},
             "m_step": read_json(paths.m_step / "m_step.json") if iteration else {},
             "seconds": read_json(paths.path / "seconds.json"),
         }
@@ -368,30 +390,3 @@ def _remove_checkpoints(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _e_step_metrics(paths: IterationDir) -> dict[str, Any]:
-    """Returns the E-step's part of metrics.json, from the pool and the funnel."""
-    funnel = read_json(paths.funnel)
-    num_tokens, reasons = 0, Counter()
-    store = CompletionStore(paths.completions)
-    for batch in store.iter_batches(["completion_ids", "finish_reason"]):
-        num_tokens += len(batch["completion_ids"].flatten())
-        reasons.update(batch["finish_reason"].to_pylist())
-    seconds = read_json(paths.path / "seconds.json").get("e_step", 0.0)
-    parity = paths.path / "parity.json"
-    return {
-        "num_problems": funnel["num_problems"],
-        "num_completions": funnel["completions"],
-        "num_skipped": funnel["num_skipped"],
-        "num_correct": funnel["correct"],
-        "acceptance_rate": funnel["acceptance_rate"],
-        "num_solved": funnel["num_solved"],
-        "num_accepted": funnel["accepted"],
-        "num_tokens": num_tokens,
-        "seconds": seconds,
-        "tokens_per_s": round(num_tokens / seconds, 1) if seconds else None,
-        "verdicts": funnel["verdicts"],
-        "finish_reasons": dict(sorted(reasons.items())),
-        "parity": read_json(parity) if parity.exists() else None,
-    }

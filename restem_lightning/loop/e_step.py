@@ -8,15 +8,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch.distributed as dist
-
 from restem_lightning.completions import Completion, CompletionStore
 from restem_lightning.errors import UserError
 from restem_lightning.loop.progress import Bar, Progress
-from restem_lightning.loop.ranks import is_distributed, is_rank_zero
+from restem_lightning.loop.ranks import group_store, is_rank_zero
 from restem_lightning.loop.stage import Stage, verified_completions
 from restem_lightning.problems import Problem
 from restem_lightning.prompts import template_hash
+from restem_lightning.run_dir import IterationDir, read_json
 from restem_lightning.selection import SelectionParams
 from restem_lightning.verifiers import VerifierPool, check_references
 
@@ -97,6 +96,7 @@ def fill_store(
     quota: SelectionParams | None = None,
     show: str = "E-step",
     on_part: Callable[[], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> None:
     """Draws what a store still lacks, part by part.
 
@@ -110,10 +110,13 @@ def fill_store(
         quota: see `verified_completions`.
         show: title of the progress bar.
         on_part: called after each part that this rank has written.
+        should_stop: asked between completions; if it says so the store is left as it is then.
 
     Raises:
         UserError: the store was made with other settings, or the verifier is broken.
     """
+    if should_stop is not None and should_stop():
+        return
     size, n = e_step.problems_per_part, stage.params.n
     parts = [problems[first : first + size] for first in range(0, len(problems), size)]
     part_of = {p.problem_id: number for number, part in enumerate(parts) for p in part}
@@ -145,6 +148,8 @@ def fill_store(
             bar.total -= num_skipped
             bar.set_postfix_str(progress.summary(time.monotonic() - start), refresh=False)
             bar.update()
+            if should_stop is not None and should_stop():
+                return
 
 
 def _in_order(completions: list[Completion], problems: list[Problem]) -> list[Completion]:
@@ -155,13 +160,39 @@ def _in_order(completions: list[Completion], problems: list[Problem]) -> list[Co
 
 def claims(name: str, num_parts: int) -> Iterator[int]:
     """Yields the parts that this rank works on, one at a time, each part to one rank only."""
-    if not is_distributed():
+    store = group_store()
+    if store is None:
         yield from range(num_parts)
         return
-    # The process group's own store; torch has no public name for it.
-    store = dist.distributed_c10d._get_default_store()
     while (number := store.add(f"restem/{name}", 1) - 1) < num_parts:
         yield number
+
+
+def e_step_metrics(paths: IterationDir) -> dict[str, Any]:
+    """Returns the E-step's part of metrics.json, from the pool and the funnel."""
+    funnel = read_json(paths.funnel)
+    num_tokens, reasons = 0, Counter()
+    store = CompletionStore(paths.completions)
+    for batch in store.iter_batches(["completion_ids", "finish_reason"]):
+        num_tokens += len(batch["completion_ids"].flatten())
+        reasons.update(batch["finish_reason"].to_pylist())
+    seconds = read_json(paths.path / "seconds.json").get("e_step", 0.0)
+    parity = paths.path / "parity.json"
+    return {
+        "num_problems": funnel["num_problems"],
+        "num_completions": funnel["completions"],
+        "num_skipped": funnel["num_skipped"],
+        "num_correct": funnel["correct"],
+        "acceptance_rate": funnel["acceptance_rate"],
+        "num_solved": funnel["num_solved"],
+        "num_accepted": funnel["accepted"],
+        "num_tokens": num_tokens,
+        "seconds": seconds,
+        "tokens_per_s": round(num_tokens / seconds, 1) if seconds else None,
+        "verdicts": funnel["verdicts"],
+        "finish_reasons": dict(sorted(reasons.items())),
+        "parity": read_json(parity) if parity.exists() else None,
+    }
 
 
 def prepare_problems(
