@@ -2,9 +2,7 @@
 
 import json
 import shlex
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +23,9 @@ from restem_lightning.loop.e_step import EStepParams, prepare_problems
 from restem_lightning.loop.evaluate import EvaluationParams
 from restem_lightning.loop.mixing import MixParams
 from restem_lightning.loop.quota import check_quota
+from restem_lightning.loop.ranks import leave_together
 from restem_lightning.loop.shared import Loop
+from restem_lightning.loop.stop_request import Stopped, StopRequest
 from restem_lightning.loop.tracking import Tracker, TrackingParams
 from restem_lightning.m_step.datamodule import AcceptedDataModule
 from restem_lightning.m_step.module import PolicyModule
@@ -49,11 +49,13 @@ FREE_ON_RESUME = (
     "iterations",
     "tracking",
     "verification",
+    "walltime_reserve_s",
     "engine.cache_tokens",
     "e_step.parity_completions",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",
+    "trainer.plugins",
     "trainer.strategy",
     "trainer.enable_progress_bar",
     "trainer.log_every_n_steps",
@@ -137,6 +139,13 @@ class ReSTEMCLI(LightningCLI):
             type=dict[str, ProblemSource],
             default={},
             help="Evaluation sets by name; each iteration is measured on all of them.",
+        )
+        parser.add_argument(
+            "--walltime_reserve_s",
+            type=float,
+            default=120.0,
+            help="Seconds before the end of a SLURM allocation (SLURM_JOB_END_TIME) at which the "
+            "run saves and stops; more than an optimizer step, a checkpoint and a look at D_val.",
         )
         add_policy_settings(parser)
         parser.add_argument(
@@ -251,47 +260,33 @@ def fit(words: list[str]) -> None:
     """
     cli = make_cli(words)
     run = RunDir(cli.config.run_dir)
-    with _stopping(run, command=shlex.join(["restem", "fit", *words])) as stop:
+    stop = StopRequest(reserve_s=cli.config.walltime_reserve_s)
+    with _stopping(run, stop, command=shlex.join(["restem", "fit", *words])):
         try:
             _run(cli, run, stop)
         except MisconfigurationException as error:
             raise UserError(f"trainer: {error}") from error
 
 
-class _Stop:
-    """Raises KeyboardInterrupt at a signal, and again at `check` if that was lost on its way."""
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-
-    def __call__(self, signum: int, _: Any) -> None:
-        self.signum = signum
-        raise KeyboardInterrupt
-
-    def check(self) -> None:
-        """Called where a stop loses nothing: native code can swallow what a handler raises."""
-        if self.signum is not None:
-            raise KeyboardInterrupt
-
-
 @contextmanager
-def _stopping(run: RunDir, *, command: str) -> Iterator[_Stop]:
-    """Ends the process at Ctrl-C or SIGTERM with a line that says what is saved."""
-    stop, before = _Stop(), {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, stop)
+def _stopping(run: RunDir, stop: StopRequest, *, command: str) -> Iterator[None]:
+    """Ends a stopped process with a line that says what is saved."""
+    stop.install()
     try:
-        yield stop
-    except (KeyboardInterrupt, SystemExit):  # Lightning turns the one into the other
-        if stop.signum is None:
+        yield
+    except (Stopped, KeyboardInterrupt, SystemExit) as error:  # Lightning exits at an interrupt
+        if stop.signum is None and not isinstance(error, Stopped):
             raise
         if rank_zero_only.rank == 0:
-            print(f"\nrestem fit: stopped; {_saved(run)}; go on with: {command}", file=sys.stderr)
-        sys.exit(128 + stop.signum)
+            print(
+                f"\nrestem fit: stopped by {stop.reason}; {_saved(run)}; go on with: {command}",
+                file=sys.stderr,
+            )
+        if isinstance(error, Stopped):
+            leave_together()
+        sys.exit(stop.status)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        stop.uninstall()
 
 
 def _saved(run: RunDir) -> str:
@@ -312,7 +307,7 @@ def _saved(run: RunDir) -> str:
     return f"{run.path} keeps {' and '.join(saved)}"
 
 
-def _run(cli: ReSTEMCLI, run: RunDir, stop: _Stop) -> None:
+def _run(cli: ReSTEMCLI, run: RunDir, stop: StopRequest) -> None:
     config = cli.config
     made = cli.build(1)
     for iteration in iterations_that_differ(config):
@@ -334,10 +329,12 @@ def _run(cli: ReSTEMCLI, run: RunDir, stop: _Stop) -> None:
                 if config.stop.at_plateau and _is_plateau(run):
                     break
                 _fit_iteration(cli, loop, iteration)
+    stop.is_patient = False
     if rank_zero_only.rank == 0:
         write_report([run.path], run.report)
         last = run.iteration(run.finished_iterations()[-1])
         print(f"\n{iteration_table(run.path)}\n\nreport  {run.report}\npolicy  {last.policy}")
+    leave_together()
 
 
 def iterations_that_differ(config: Any) -> range:
@@ -432,7 +429,7 @@ def make_loop(
     seed: int,
     verifiers: VerifierPool,
     tracker: Tracker,
-    stop: _Stop | None,
+    stop: StopRequest,
 ) -> Loop:
     """Puts together what the iterations share."""
     return Loop(
@@ -455,7 +452,7 @@ def make_loop(
         mix=made.mix,
         evaluation=made.evaluation,
         tracker=tracker,
-        check_stop=stop.check if stop else lambda: None,
+        stop=stop,
     )
 
 
@@ -480,6 +477,7 @@ def _fit_iteration(cli: ReSTEMCLI, loop: Loop, iteration: int) -> None:
         logger=loop.tracker.m_step_loggers(iteration),
         default_root_dir=str(paths.m_step),
     )
+    loop.stop.is_patient = True  # ranks are connected now: only together can they stop
     trainer.fit(made.model, made.data, ckpt_path=resume_checkpoint(paths.m_step))
 
 

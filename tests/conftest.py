@@ -96,5 +96,30 @@ def fit_words() -> Callable[..., list[str]]:
     return words
 
 
+@pytest.fixture(scope="session")
+def outcome() -> Callable[[Any, int], dict]:
+    """Returns what a resumed iteration must have in common with an uninterrupted one."""
+
+    from restem_lightning.completions import CompletionStore
+    from restem_lightning.run_dir import read_json
+
+    def of(run: Any, iteration: int) -> dict:
+        paths = run.iteration(iteration)
+        metrics = read_json(paths.metrics)
+        del metrics["seconds"]
+        for name in ("seconds", "tokens_per_s"):
+            del metrics["e_step"][name]
+        columns = ["problem_id", "completion_index", "completion_ids", "logprobs", "verdict"]
+        manifest = read_json(paths.manifest)
+        return {
+            "metrics": metrics,
+            "accepted": paths.accepted.read_bytes(),
+            "pool": CompletionStore(paths.completions).read(columns).to_pylist(),
+            "policy_hash": manifest["policy_hash"],
+        }
+
+    return of
+
+
 def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str).strip('"')

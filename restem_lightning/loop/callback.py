@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from restem_lightning.completions import CompletionStore
 from restem_lightning.errors import UserError
+from restem_lightning.loop.e_step import Hooks
 from restem_lightning.loop.evaluate import draw_evaluation, measure, total_reward
 from restem_lightning.loop.iteration import EStep
 from restem_lightning.loop.parity import measure_parity, parity_warning
@@ -19,6 +20,7 @@ from restem_lightning.loop.progress import Stopwatch
 from restem_lightning.loop.ranks import barrier, is_rank_zero, rank_and_count
 from restem_lightning.loop.shared import Loop
 from restem_lightning.loop.stage import Policy, load_policy
+from restem_lightning.loop.stop_request import Stopped, is_amid_epoch
 from restem_lightning.loop.weights import hand_over, release_memory
 from restem_lightning.m_step.export import export_policy, load_best
 from restem_lightning.run_dir import IterationDir, read_json, write_json
@@ -49,18 +51,18 @@ class ReSTEMCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The E-step: here ranks are connected and no training weights are in memory yet."""
-        self.loop.check_stop()
+        self._stop_if_asked(trainer)
         if self.iteration == 1 and not self.loop.run.iteration(0).metrics.exists():
-            self._measure(0, load_policy(self.loop.base, self.loop.engine))
+            self._measure(trainer, 0, load_policy(self.loop.base, self.loop.engine))
             release_memory()
         if not self.paths.funnel.exists():
-            watch = self._stopwatch("e_step")
-
-            def on_part() -> None:
-                watch.lap()
-                self.loop.check_stop()
-
-            self.e_step.run(on_part)
+            self.e_step.run(
+                Hooks(
+                    on_part=self._stopwatch("e_step").lap,
+                    should_stop=self.loop.stop.is_asked,
+                    agree=lambda: self._stop_if_asked(trainer),
+                )
+            )
         self._check_parity()
         funnel = read_json(self.paths.funnel)
         if funnel["trained_on"] == 0:
@@ -69,11 +71,23 @@ class ReSTEMCallback(Callback):
         trainer.datamodule.accepted = str(self.paths.accepted)
         self.watch = self._stopwatch("m_step")
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes signals back from Lightning, which has wrapped our handlers by now."""
+        self.loop.stop.install()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stops before the next optimizer step if a signal asked for it."""
-        self.loop.check_stop()
+        """Saves and stops behind an optimizer step if that was asked for.
+
+        Not where a look at D_val or the end of the epoch is due: a checkpoint from before it
+        would make the resumed run leave it out. It writes one itself.
+        """
+        if is_amid_epoch(trainer, batch_idx) and self._is_agreed(trainer):
+            self.watch.lap()
+            name = f"last-{trainer.global_step}.ckpt"  # what `resume_checkpoint` looks for
+            trainer.save_checkpoint(self.paths.m_step / name)
+            raise Stopped
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the reward on D_val with the current weights, for the stop rule."""
@@ -89,6 +103,7 @@ class ReSTEMCallback(Callback):
         release_memory()
         self._export(trainer, pl_module)
         self.watch.lap()
+        self._stop_if_asked(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Measures the new policy and finishes the iteration."""
@@ -96,7 +111,8 @@ class ReSTEMCallback(Callback):
             self._export(trainer, pl_module)
         pl_module.model = None
         release_memory()
-        self._measure(self.iteration, load_policy(str(self.paths.policy), self.loop.engine))
+        policy = load_policy(str(self.paths.policy), self.loop.engine)
+        self._measure(trainer, self.iteration, policy)
         release_memory()
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,6 +135,16 @@ class ReSTEMCallback(Callback):
                 scores = state["best_k_models"].items()
                 state["best_k_models"] = {_moved(path, here): score for path, score in scores}
                 state["dirpath"] = str(here)
+
+    def _is_agreed(self, trainer: Trainer) -> bool:
+        """Returns on every rank whether one of them wants to stop; every rank must call it."""
+        is_here = self.loop.stop.is_here()
+        return trainer.strategy.reduce_boolean_decision(is_here, all=False)
+
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        """Stops all ranks if one of them wants to."""
+        if self._is_agreed(trainer):
+            raise Stopped
 
     def _check_parity(self) -> None:
         """Lets the trainer's forward pass score a slice of the pool, once; the sampler is gone."""
@@ -195,7 +221,7 @@ class ReSTEMCallback(Callback):
         rewards = [reward for _, reward in self.val_rewards]
         return (max(rewards) if is_best else rewards[-1]) if rewards else None
 
-    def _measure(self, iteration: int, policy: Policy) -> None:
+    def _measure(self, trainer: Trainer, iteration: int, policy: Policy) -> None:
         """Evaluates a policy on every set and writes the iteration's metrics, then its manifest."""
         loop, paths = self.loop, self.loop.run.iteration(iteration)
         watch = Stopwatch(paths.path / "seconds.json", "evaluation")
@@ -208,9 +234,11 @@ class ReSTEMCallback(Callback):
                 loop.stage(policy, iteration),
                 e_step=loop.e_step,
                 on_part=watch.lap,
+                should_stop=loop.stop.is_asked,
             )
         barrier()
         watch.lap()
+        self._stop_if_asked(trainer)
         if is_rank_zero():
             self._finish(iteration, paths, policy)
         barrier()

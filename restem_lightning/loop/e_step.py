@@ -6,14 +6,12 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
-
-import torch.distributed as dist
+from typing import Any, NamedTuple
 
 from restem_lightning.completions import Completion, CompletionStore
 from restem_lightning.errors import UserError
 from restem_lightning.loop.progress import Bar, Progress
-from restem_lightning.loop.ranks import is_distributed, is_rank_zero
+from restem_lightning.loop.ranks import group_store, is_rank_zero
 from restem_lightning.loop.stage import Stage, verified_completions
 from restem_lightning.problems import Problem
 from restem_lightning.prompts import template_hash
@@ -60,6 +58,20 @@ class EStepParams:
             raise UserError(f"e_step.max_error_rate ({self.max_error_rate}) must be from 0 to 1")
 
 
+class Hooks(NamedTuple):
+    """What a stage of drawing calls.
+
+    Attributes:
+        on_part: after each part that this rank has written.
+        should_stop: between completions; if it says so, a store is left as it is then.
+        agree: on every rank, when a store is left; raises if the run is to stop.
+    """
+
+    on_part: Callable[[], None]
+    should_stop: Callable[[], bool]
+    agree: Callable[[], None]
+
+
 def pool_key(
     stage: Stage,
     problems: list[Problem],
@@ -99,6 +111,7 @@ def fill_store(
     quota: SelectionParams | None = None,
     show: str = "E-step",
     on_part: Callable[[], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> None:
     """Draws what a store still lacks, part by part.
 
@@ -112,10 +125,13 @@ def fill_store(
         quota: see `verified_completions`.
         show: title of the progress bar.
         on_part: called after each part that this rank has written.
+        should_stop: asked between completions; if it says so the store is left as it is then.
 
     Raises:
         UserError: the store was made with other settings, or the verifier is broken.
     """
+    if should_stop is not None and should_stop():
+        return
     size, n = e_step.problems_per_part, stage.params.n
     parts = [problems[first : first + size] for first in range(0, len(problems), size)]
     part_of = {p.problem_id: number for number, part in enumerate(parts) for p in part}
@@ -147,6 +163,8 @@ def fill_store(
             bar.total -= num_skipped
             bar.set_postfix_str(progress.summary(time.monotonic() - start), refresh=False)
             bar.update()
+            if should_stop is not None and should_stop():
+                return
 
 
 def _in_order(completions: list[Completion], problems: list[Problem]) -> list[Completion]:
@@ -157,11 +175,10 @@ def _in_order(completions: list[Completion], problems: list[Problem]) -> list[Co
 
 def claims(name: str, num_parts: int) -> Iterator[int]:
     """Yields the parts that this rank works on, one at a time, each part to one rank only."""
-    if not is_distributed():
+    store = group_store()
+    if store is None:
         yield from range(num_parts)
         return
-    # The process group's own store; torch has no public name for it.
-    store = dist.distributed_c10d._get_default_store()
     while (number := store.add(f"restem/{name}", 1) - 1) < num_parts:
         yield number
 

@@ -1,6 +1,5 @@
 """What all iterations of a run share."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from restem_lightning.loop.balance import BalanceParams
@@ -9,6 +8,7 @@ from restem_lightning.loop.e_step import EStepParams
 from restem_lightning.loop.evaluate import EvaluationParams
 from restem_lightning.loop.mixing import MixParams
 from restem_lightning.loop.stage import Policy, Stage
+from restem_lightning.loop.stop_request import StopRequest
 from restem_lightning.loop.tracking import Tracker
 from restem_lightning.problems import Problem
 from restem_lightning.prompts import PromptTemplate
@@ -42,7 +42,7 @@ class Loop:
         mix: what the M-step trains on beside them.
         evaluation: how policies are measured.
         tracker: sends metrics to where they are watched.
-        check_stop: raises if the run is to stop; called where nothing is lost.
+        stop: whether the run shall stop; asked where nothing is lost.
     """
 
     run: RunDir
@@ -64,7 +64,7 @@ class Loop:
     mix: MixParams
     evaluation: EvaluationParams
     tracker: Tracker
-    check_stop: Callable[[], None]
+    stop: StopRequest
 
     def stage(self, policy: Policy, iteration: int) -> Stage:
         """Returns how a policy draws in an iteration, with the settings of the E-step."""

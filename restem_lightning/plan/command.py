@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from restem_lightning.errors import UserError
 from restem_lightning.fit import ReSTEMCLI, check_settings, load_problems, make_cli, make_loop
 from restem_lightning.loop.callback import Loop
+from restem_lightning.loop.stop_request import StopRequest
 from restem_lightning.loop.tracking import Tracker, TrackingParams
 from restem_lightning.plan.costs import Plan, Rates, Shape, Volume, make_plan, rates_on_paper, shown
 from restem_lightning.plan.trial import spread, try_out
@@ -100,7 +101,7 @@ def _opened(cli: Any, *, needs_weights: bool) -> Iterator[tuple[Loop, Any]]:
             tracker = Tracker(TrackingParams(), run, {})
             loop = make_loop(
                 made, problems, run=run, base=base, seed=cli.settings()["seed"],
-                verifiers=verifiers, tracker=tracker, stop=None,
+                verifiers=verifiers, tracker=tracker, stop=StopRequest(reserve_s=0),
             )  # fmt: skip
             yield loop, cli.build(1, start=base)
 

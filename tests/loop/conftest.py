@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from restem_lightning.completions import CompletionStore
-from restem_lightning.run_dir import RunDir, read_json
+from restem_lightning.run_dir import RunDir
 
 
 @pytest.fixture(scope="session")
@@ -54,25 +53,3 @@ def copy_of(tmp_path) -> Callable[[Path], RunDir]:
         return RunDir(tmp_path / "copy")
 
     return copy
-
-
-@pytest.fixture(scope="session")
-def outcome() -> Callable[[RunDir, int], dict]:
-    """Returns what a resumed iteration must have in common with an uninterrupted one."""
-
-    def of(run: RunDir, iteration: int) -> dict:
-        paths = run.iteration(iteration)
-        metrics = read_json(paths.metrics)
-        del metrics["seconds"]
-        for name in ("seconds", "tokens_per_s"):
-            del metrics["e_step"][name]
-        columns = ["problem_id", "completion_index", "completion_ids", "logprobs", "verdict"]
-        manifest = read_json(paths.manifest)
-        return {
-            "metrics": metrics,
-            "accepted": paths.accepted.read_bytes(),
-            "pool": CompletionStore(paths.completions).read(columns).to_pylist(),
-            "policy_hash": manifest["policy_hash"],
-        }
-
-    return of
