@@ -14,13 +14,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from restem_lightning.completions import SCHEMA_METADATA, SCHEMA_VERSION, CompletionStore
+from restem_lightning.completions import (
+    SCHEMA_METADATA,
+    SCHEMA_VERSION,
+    Completion,
+    CompletionStore,
+    VerdictKind,
+)
 from restem_lightning.errors import UserError
 from restem_lightning.metrics import normalize_text
 from restem_lightning.run_dir import atomic_path
 
 Select = Literal["first", "random", "diverse"]
 Dedupe = Literal["none", "exact", "normalized", "equations"]
+Threshold = float | Literal["correct", "none"]
 
 ACCEPTED_SCHEMA = pa.schema(
     [
@@ -45,14 +52,19 @@ _MARK_OR_CHAIN = re.compile(
     rf"<<([^<>]*)>>|(?<![\w.])({_OPERAND}(?: ?(?:{_OPERATOR}|=) ?{_OPERAND})*)"
 )
 _OPERATION = re.compile(rf"[\d)%] ?{_OPERATOR}")
+_RULES = ("correct", "none")
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionParams:
-    """Which correct completions enter the accepted dataset.
+    """Which completions enter the accepted dataset; truncated ones never do.
 
     Args:
+        threshold: "correct" accepts what the verifier calls CORRECT and pays for (reward above 0);
+            a number accepts every reward above it, whatever the verdict; "none" accepts all. With
+            the binary reward each number from 0 to below 1 means "correct". ERROR is never
+            accepted.
         max_per_problem: most completions accepted per problem, at least 1; null for no limit. It
             keeps easy problems from dominating (10 in arXiv 2312.06585, section 5).
         select: which ones, where a problem has more: "first" (lowest completion_index), "random"
@@ -65,6 +77,7 @@ class SelectionParams:
         seed: of "random"; any integer.
     """
 
+    threshold: Threshold = "correct"
     max_per_problem: int | None = 10
     select: Select = "first"
     dedupe: Dedupe = "none"
@@ -80,6 +93,10 @@ class SelectionParams:
             raise UserError(
                 f"max_per_problem ({self.max_per_problem}) must be at least 1, or null for no "
                 "limit; the default is 10"
+            )
+        if not isinstance(self.threshold, int | float) and self.threshold not in _RULES:
+            raise UserError(
+                f"threshold ({self.threshold!r}) must be a number, correct or none; set one"
             )
         for name, value, allowed in (
             ("select", self.select, get_args(Select)),
@@ -107,6 +124,7 @@ class Selection:
 def select_completions(
     source: pa.Table | CompletionStore,
     *,
+    threshold: Threshold = SelectionParams.threshold,
     max_per_problem: int | None = SelectionParams.max_per_problem,
     select: Select = SelectionParams.select,
     dedupe: Dedupe = SelectionParams.dedupe,
@@ -114,12 +132,12 @@ def select_completions(
 ) -> Selection:
     """Returns the accepted dataset of a pool and the funnel that led to it.
 
-    Only completions of reward 1 that were not truncated are accepted. The result does not depend
-    on the order of rows or on the boundaries of parts. The pool is read twice: light columns of
-    all rows, then all columns of the accepted rows.
+    The result does not depend on the order of rows or on the boundaries of parts. The pool is read
+    twice: light columns of all rows, then all columns of the accepted rows.
 
     Args:
         source: a pool, or a table with the columns of `completions.SCHEMA`.
+        threshold: see SelectionParams.
         max_per_problem: see SelectionParams.
         select: see SelectionParams.
         dedupe: see SelectionParams.
@@ -130,7 +148,11 @@ def select_completions(
             in the pool twice.
     """
     params = SelectionParams(
-        max_per_problem=max_per_problem, select=select, dedupe=dedupe, seed=seed
+        threshold=threshold,
+        max_per_problem=max_per_problem,
+        select=select,
+        dedupe=dedupe,
+        seed=seed,
     )
     candidates, funnel = _candidates(source, params)
     rows: list[int] = []
@@ -274,7 +296,8 @@ def _candidates(
     num_completions = num_not_truncated = 0
     for batch in _scan(source, [*columns, "reward", "finish_reason", "verdict"]):
         complete = pc.not_equal(batch["finish_reason"].cast(pa.string()), "length")
-        eligible = pc.and_(complete, pc.equal(batch["reward"], 1.0))
+        verdict = batch["verdict"].cast(pa.string())
+        eligible = pc.and_(complete, _is_paid(verdict, batch["reward"], params.threshold))
         row = pa.array(range(num_completions, num_completions + batch.num_rows), pa.int64())
         light = [batch[name].cast(types[name]) for name in columns]
         kept.append(pa.RecordBatch.from_arrays([*light, row], schema=schema).filter(eligible))
@@ -290,6 +313,21 @@ def _candidates(
         "verdicts": dict(sorted(verdicts.items())),
     }
     return table.sort_by([(name, "ascending") for name in _ADDRESS]).combine_chunks(), funnel
+
+
+def is_acceptable(completion: Completion, threshold: Threshold) -> bool:
+    """Returns whether a completion may be accepted: whole, and paid for by the rule."""
+    verdict = completion.verdict
+    paid = _is_paid(pa.array([verdict.kind.value]), pa.array([verdict.reward]), threshold)
+    return completion.finish_reason != "length" and paid[0].as_py()
+
+
+def _is_paid(verdicts: pa.Array, rewards: pa.Array, threshold: Threshold) -> pa.Array:
+    """Returns, for each completion, whether its verdict and reward pass the threshold."""
+    if threshold == "correct":
+        return pc.and_(pc.equal(verdicts, VerdictKind.CORRECT.value), pc.greater(rewards, 0.0))
+    judged = pc.not_equal(verdicts, VerdictKind.ERROR.value)
+    return judged if threshold == "none" else pc.and_(judged, pc.greater(rewards, threshold))
 
 
 def _by_problem(candidates: pa.Table) -> Iterator[tuple[str, list[_Candidate]]]:

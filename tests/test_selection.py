@@ -27,7 +27,7 @@ KINDS = [VerdictKind.CORRECT, VerdictKind.WRONG, VerdictKind.NO_ANSWER]
 
 
 def completion(
-    problem_id="p", index=0, text="t", kind=VerdictKind.CORRECT, finish="eos"
+    problem_id="p", index=0, text="t", kind=VerdictKind.CORRECT, finish="eos", reward=None
 ) -> Completion:
     return Completion(
         iteration=1,
@@ -42,7 +42,7 @@ def completion(
         finish_reason=finish,
         policy_hash="abc",
         sampling="{}",
-        verdict=Verdict(kind=kind, elapsed_s=random.random()),
+        verdict=Verdict(kind=kind, reward=reward, elapsed_s=random.random()),
         verifier="math/1",
     )
 
@@ -80,6 +80,23 @@ def test_only_correct_and_complete_completions_are_accepted():
     completions.append(completion(index=7, finish="length"))
     completions.append(completion(index=8, finish="stop"))
     assert kept(to_table(completions)) == [0, 8]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "expected"),
+    [("correct", [0, 1]), (0, [0, 1, 3]), (0.5, [0, 3]), (0.7, [0]), (-1, [0, 1, 2, 3, 5]),
+     ("none", [0, 1, 2, 3, 4, 5])],
+)  # fmt: skip
+def test_a_threshold_accepts_rewards_above_it_but_no_error(threshold, expected):
+    rewards = [
+        (VerdictKind.CORRECT, None), (VerdictKind.CORRECT, 0.25), (VerdictKind.CORRECT, 0.0),
+        (VerdictKind.WRONG, 0.7), (VerdictKind.NO_ANSWER, -1.0), (VerdictKind.TIMEOUT, None),
+        (VerdictKind.ERROR, 2.0),
+    ]  # fmt: skip
+    table = to_table(
+        [completion(index=i, kind=kind, reward=reward) for i, (kind, reward) in enumerate(rewards)]
+    )
+    assert kept(table, threshold=threshold) == expected
 
 
 def test_the_accepted_dataset_has_its_columns_and_the_sampled_tokens():
@@ -267,6 +284,7 @@ def test_a_completion_that_is_there_twice_is_refused():
     ("arguments", "message"),
     [
         ({"max_per_problem": 0}, r"max_per_problem \(0\)"),
+        ({"threshold": "high"}, r"threshold \('high'\).*correct or none"),
         ({"select": "best"}, r"select \('best'\).*first, random, diverse"),
         ({"dedupe": "fuzzy"}, r"dedupe \('fuzzy'\).*equations"),
     ],

@@ -84,7 +84,8 @@ def pool_key(
         "stop_at_quota": None,
     }
     if quota is not None:  # a pool that lacks what another quota needs must not serve it
-        key["stop_at_quota"] = {"max_per_problem": quota.max_per_problem, "dedupe": quota.dedupe}
+        names = ("threshold", "max_per_problem", "dedupe")
+        key["stop_at_quota"] = {name: getattr(quota, name) for name in names}
     return key
 
 

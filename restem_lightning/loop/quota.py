@@ -5,7 +5,7 @@ from typing import Any
 
 from restem_lightning.completions import Completion
 from restem_lightning.errors import UserError
-from restem_lightning.selection import SelectionParams, dedupe_key
+from restem_lightning.selection import SelectionParams, dedupe_key, is_acceptable
 
 
 def check_quota(selection: SelectionParams) -> None:
@@ -43,7 +43,7 @@ def next_indices(
     """
     if quota is None:
         return tuple(range(len(drawn), n))
-    num_accepted = len({_key(one, quota) for one in drawn if _is_acceptable(one)})
+    num_accepted = len({_key(one, quota) for one in drawn if is_acceptable(one, quota.threshold)})
     num_missing = quota.max_per_problem - num_accepted
     if num_missing <= 0:
         return ()
@@ -62,10 +62,6 @@ def count_skipped(funnel: dict[str, Any], n: int) -> int:
         n: completions per problem without a quota.
     """
     return funnel["num_problems"] * n - funnel["completions"]
-
-
-def _is_acceptable(completion: Completion) -> bool:
-    return completion.verdict.reward == 1.0 and completion.finish_reason != "length"
 
 
 def _key(completion: Completion, quota: SelectionParams) -> Hashable:
