@@ -25,7 +25,7 @@ from restem_lightning.loop.tracking import Tracker, TrackingParams
 from restem_lightning.m_step.datamodule import AcceptedDataModule
 from restem_lightning.m_step.module import PolicyModule
 from restem_lightning.m_step.stopping import resume_checkpoint, stop_callbacks
-from restem_lightning.problems import Problem, ProblemSource, check_splits
+from restem_lightning.problems import Problem, ProblemSource, check_splits, without_questions_of
 from restem_lightning.report.html import iteration_table, write_report
 from restem_lightning.run_dir import RunDir, open_run
 from restem_lightning.selection import SelectionParams
@@ -102,6 +102,12 @@ class ReSTEMCLI(LightningCLI):
             help="Weights that each M-step starts from: base (the paper), previous, or a folder.",
         )
         parser.add_argument(
+            "--problems.task",
+            type=str | None,
+            default=None,
+            help="Task of every problem source that has a `task` and leaves it null.",
+        )
+        parser.add_argument(
             "--problems.train", type=ProblemSource, required=True, help="Problems of the E-step."
         )
         parser.add_argument(
@@ -125,6 +131,15 @@ class ReSTEMCLI(LightningCLI):
         parser.add_class_arguments(TrackingParams, "tracking")
         parser.link_arguments("policy", "model.policy")
         parser.link_arguments("seed_everything", "data.seed")
+
+    def parse_arguments(self, parser, args) -> None:
+        """Parses, and hands `problems.task` to the sources that wait for it."""
+        super().parse_arguments(parser, args)
+        problems = self.config.problems
+        for source in (problems.train, problems.validation, *problems.held_out.values()):
+            made = source.init_args if source is not None and "init_args" in source else {}
+            if "task" in made and made["task"] is None:
+                made["task"] = problems.task
 
     def instantiate_classes(self) -> None:
         """Makes nothing yet: `iteration` does, each time anew (a fitted Trainer trains nothing)."""
@@ -264,7 +279,8 @@ def _run(cli: ReSTEMCLI, run: RunDir, stop: _Stop) -> None:
         problems = _load_problems(made, verifiers)
         if rank_zero_only.rank == 0:  # last: a mistake must not bind the folder to its settings
             open_run(run.path, settings, free=FREE_ON_RESUME)
-        with Tracker(made.tracking, run, settings) as tracker:
+        questions = {problem.problem_id: problem.question for problem in problems["train"]}
+        with Tracker(made.tracking, run, settings, base=base, questions=questions) as tracker:
             loop = _make_loop(
                 made, problems, run=run, base=base, seed=settings["seed"], verifiers=verifiers,
                 tracker=tracker, stop=stop,
@@ -313,10 +329,26 @@ def _load_problems(made: Any, verifiers: VerifierPool) -> dict[str, list[Problem
         sources["validation"] = made.problems.validation
     problems = {name: source.load() for name, source in sources.items()}
     check_splits(problems)
+    others = [problem for name in made.problems.held_out for problem in problems[name]]
+    for name in ("validation", "train"):
+        if name in problems:
+            problems[name] = _apart(name, problems[name], others)
+            others += problems[name]
     return {
         name: prepare_problems(some, verifiers, name=name, warn=_say)
         for name, some in problems.items()
     }
+
+
+def _apart(name: str, problems: list[Problem], others: list[Problem]) -> list[Problem]:
+    """Returns the problems that no set they must be unknown to asks as well."""
+    kept, dropped = without_questions_of(problems, others)
+    if dropped:
+        _say(
+            f"problems.{name}: {len(dropped)} of {len(problems)} are dropped, a set that measures "
+            f"asks the same ({dropped[0].problem_id})"
+        )
+    return kept
 
 
 def _make_loop(

@@ -113,7 +113,7 @@ def write_problems(path: str | Path, problems: Iterable[Problem]) -> None:
 
 
 def check_splits(named: dict[str, list[Problem]]) -> None:
-    """Checks that no problem_id and no question text occurs in two splits.
+    """Checks that no problem_id occurs in two splits.
 
     Args:
         named: the problems of each split by the split's name, e.g. "train" and "held_out".
@@ -121,18 +121,30 @@ def check_splits(named: dict[str, list[Problem]]) -> None:
     Raises:
         UserError: one does.
     """
-    seen: dict[tuple[str, str], tuple[str, str]] = {}
+    split_of: dict[str, str] = {}
     for name, problems in named.items():
-        for problem in problems:
-            text = " ".join(problem.question.split())
-            for key in (("problem_id", problem.problem_id), ("question", text)):
-                other, other_id = seen.setdefault(key, (name, problem.problem_id))
-                if other != name:
-                    raise UserError(
-                        f"splits {other!r} and {name!r} share the {key[0]} {key[1][:80]!r} "
-                        f"(problems {other_id!r} and {problem.problem_id!r}); use disjoint slices "
-                        "(offset, num)"
-                    )
+        for problem_id in {problem.problem_id: None for problem in problems}:
+            other = split_of.setdefault(problem_id, name)
+            if other != name:
+                raise UserError(
+                    f"splits {other!r} and {name!r} share the problem_id {problem_id!r}; use "
+                    "disjoint slices (offset, num) or other seeds"
+                )
+
+
+def without_questions_of(
+    problems: list[Problem], others: Iterable[Problem]
+) -> tuple[list[Problem], list[Problem]]:
+    """Returns the problems whose question none of the others asks, and those that are asked twice.
+
+    Data sets repeat themselves, and generators do so where a task has few problems; white space
+    does not tell questions apart.
+    """
+    asked = {" ".join(other.question.split()) for other in others}
+    kept, dropped = [], []
+    for problem in problems:
+        (dropped if " ".join(problem.question.split()) in asked else kept).append(problem)
+    return kept, dropped
 
 
 class JsonlProblems:
@@ -267,18 +279,26 @@ class ReasoningGym:
     """Generated problems with their own checkers (the reasoning-gym library, arXiv 2505.24760)."""
 
     def __init__(
-        self, task: str, seed: int, num: int, split: str = "", config: dict[str, Any] | None = None
+        self,
+        task: str | None = None,
+        *,
+        seed: int,
+        num: int,
+        split: str = "",
+        config: dict[str, Any] | None = None,
     ) -> None:
         """Generates problems of one reasoning-gym task (needs the `reasoning-gym` library).
 
         Args:
-            task: name of the task, e.g. chain_sum.
+            task: name of the task, e.g. chain_sum; null for that of `problems.task`.
             seed: another one for each split; problem i has the library's seed `seed * 1000000 + i`
                 (the library itself shares all problems but one between neighbouring seeds).
             num: how many problems, at least 1.
             split: what the problems' `split` shall say.
             config: further settings of the task, by their names there.
         """
+        if task is None:
+            raise UserError("task (null) must be a reasoning-gym task; set problems.task")
         self._task, self._seed, self._num, self._split = task, seed, num, split
         self._config = config or {}
 

@@ -37,7 +37,6 @@ from restem_lightning.selection import (
 )
 from restem_lightning.verifiers import VerifierPool
 
-MAX_TABLE_ROWS = 1000
 VALIDATION_CACHE_TOKENS = 65536  # of the sampler that measures D_val within the M-step
 
 
@@ -219,11 +218,11 @@ class ReSTEMCallback(Callback):
             + f"; {funnel['num_solved']} of {funnel['num_problems']} problems solved"
             + (f"; {num_skipped} not drawn, the quota was met" if num_skipped else "")
         )
-        self.loop.tracker.log_completions(self.iteration, store, MAX_TABLE_ROWS)
         accepted = end_with_eos(selection.accepted, policy.sampler.eos_ids)
         write_accepted(self.paths.accepted, accepted)
         self.parity_json.unlink(missing_ok=True)  # that of another pool
         write_json(self.paths.funnel, funnel)
+        self.loop.tracker.catch_up()
 
     def _check_parity(self) -> None:
         """Lets the trainer's forward pass score a slice of the pool, once; the sampler is gone."""
@@ -321,7 +320,6 @@ class ReSTEMCallback(Callback):
             "seconds": read_json(paths.path / "seconds.json"),
         }
         write_json(paths.metrics, metrics)
-        loop.tracker.log_iteration(metrics)
         for name, values in metrics["evaluation"].items():
             shown = ", ".join(f"{key} {100 * one['value']:.1f} %" for key, one in values.items())
             print(f"iteration {iteration}: {name} {shown}")
@@ -336,6 +334,7 @@ class ReSTEMCallback(Callback):
                 },
             )
             _remove_checkpoints(paths.m_step)
+        loop.tracker.catch_up()
 
     def _stopwatch(self, stage: str) -> Stopwatch:
         return Stopwatch(self.paths.path / "seconds.json", stage)
