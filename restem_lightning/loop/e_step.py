@@ -72,6 +72,7 @@ def pool_key(
     key = {
         "seed": stage.seed,
         "iteration": stage.iteration,
+        "first_index": stage.first_index,
         "purpose": stage.purpose,
         "policy_hash": stage.policy.hash,
         "sampling": asdict(stage.params),
@@ -84,7 +85,7 @@ def pool_key(
         "stop_at_quota": None,
     }
     if quota is not None:  # a pool that lacks what another quota needs must not serve it
-        names = ("threshold", "max_per_problem", "dedupe")
+        names = ("threshold", "max_per_problem", "dedupe", "quota", "probe")
         key["stop_at_quota"] = {name: getattr(quota, name) for name in names}
     return key
 
@@ -121,7 +122,7 @@ def fill_store(
     if is_rank_zero():
         store.check_key(pool_key(stage, problems, problems_per_part=size, quota=quota))
     done = {part.index for part in store.parts()}
-    claimed = claims(f"{stage.purpose}{stage.iteration}", len(parts))
+    claimed = claims(f"{stage.purpose}{stage.iteration}/{stage.first_index}", len(parts))
 
     def wanted() -> Iterator[Problem]:
         for number in claimed:

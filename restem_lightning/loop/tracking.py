@@ -23,6 +23,7 @@ from restem_lightning.completions import CompletionStore
 from restem_lightning.errors import UserError
 from restem_lightning.loop.journal import Entry, Journal
 from restem_lightning.loop.redact import redact
+from restem_lightning.m_step.export import policy_hash
 from restem_lightning.run_dir import IterationDir, RunDir, read_json
 
 TABLE_COLUMNS = (
@@ -93,7 +94,7 @@ class Tracker:
         run: RunDir,
         settings: dict[str, Any],
         *,
-        base: str = "",
+        base: str,
         questions: dict[str, str] | None = None,
     ):
         """Opens the W&B run that run.json names, or a new one, on rank 0, and sends what it lacks.
@@ -140,7 +141,7 @@ class Tracker:
             paths, axes = self.run.iteration(iteration), self.axes(iteration)
             if paths.funnel.exists():
                 self._put(f"e_step/{iteration}", axes | _named("e_step", read_json(paths.funnel)))
-                if self._params.table_rows:
+                if self._params.table_rows and paths.completions.exists():
                     self._put(f"completions/{iteration}", axes)
                 self._put(f"accepted/{iteration}", {})
             if paths.manifest.exists() or (iteration == 0 and paths.metrics.exists()):
@@ -157,7 +158,8 @@ class Tracker:
         """
         samples = steps = 0
         for one in (self.run.iteration(i) for i in range(1, iteration + 1)):
-            samples += read_json(one.funnel)["completions"] if one.funnel.exists() else 0
+            if one.funnel.exists() and one.completions.exists():  # not a pool of before
+                samples += read_json(one.funnel)["completions"]
             is_now = one.path == self.run.iteration(iteration).path
             if m_step is not None and is_now:
                 steps += m_step
@@ -219,17 +221,18 @@ class Tracker:
     def _send_artifact(self, kind: str, iteration: int) -> None:
         """Logs a policy or an accepted dataset, and marks as used what the run goes on from.
 
-        The lineage that W&B draws is base-policy -> run -> accepted -> run -> policy; which policy
-        drew which dataset is in their metadata.
+        The lineage that W&B draws is base-policy -> run -> accepted -> run -> policy; the hashes in
+        their metadata say which policy drew which dataset.
         """
         paths, run_id = self.run.iteration(iteration), self._wandb_run.id
         if kind == "base":
-            artifact = self._wandb.Artifact("base-policy", "model", metadata={"folder": self._base})
+            metadata = {"folder": self._base, "policy_hash": policy_hash(self._base)}
+            artifact = self._wandb.Artifact("base-policy", "model", metadata=metadata)
             artifact.add_reference(Path(self._base).resolve().as_uri(), checksum=False)
         elif kind == "accepted":
-            before = f"policy-{run_id}:iteration_{iteration - 1}"
-            source = before if iteration > 1 else "base-policy"
-            metadata = {"iteration": iteration, "sampled_by": source, **read_json(paths.funnel)}
+            pools = sorted(paths.completions.rglob("pool.json"))
+            drawn_by = [read_json(pool)["settings"]["policy_hash"] for pool in pools]
+            metadata = {"iteration": iteration, "drawn_by": drawn_by, **read_json(paths.funnel)}
             artifact = self._wandb.Artifact(f"accepted-{run_id}", "dataset", metadata=metadata)
             _add_files(artifact, [paths.accepted], paths.path)
         else:

@@ -15,7 +15,9 @@ from restem_lightning.loop.journal import Journal
 from restem_lightning.loop.redact import redact
 from restem_lightning.loop.tracking import AXES, Tracker, TrackingParams
 from restem_lightning.run_dir import open_run, read_json, write_json
+from restem_lightning.settings import EMBEDDED_POLICY
 
+BASE = str(EMBEDDED_POLICY)
 BLOCK, WHOLE, LAST = 32768, 1, 4
 
 
@@ -140,8 +142,11 @@ def test_base_accepted_dataset_and_policy_are_artifacts_with_lineage(tracked):
     assert set(found) == wanted
     for (name, _), artifact in found.items():
         assert artifact.use_after_commit == (name != names[2])
+    sources = [found[names[0], "iteration_0"], found[names[2], "iteration_1"]]
+    for iteration, source in enumerate(sources, start=1):
+        drawn_by = json.loads(found[names[1], f"iteration_{iteration}"].metadata)["drawn_by"]
+        assert drawn_by == [json.loads(source.metadata)["policy_hash"]]
     second = found[names[1], "iteration_2"]
-    assert json.loads(second.metadata)["sampled_by"] == f"{names[2]}:iteration_1"
     (content,) = second.manifest.contents
     assert content.local_path == str(tracked.iteration(2).accepted)
     policy = found[names[2], "iteration_2"]
@@ -164,7 +169,8 @@ def test_secrets_of_settings_and_command_line_stay_here(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["restem", "fit", "--prompt.init_args.api_key", secret])
     settings = {"prompt": {"init_args": {"api_key": secret, "url": f"https://me:{secret}@host/x"}}}
     run = finished_run(tmp_path, **settings)
-    with Tracker(TrackingParams(wandb_project="t", wandb_mode="offline"), run, settings):
+    params = TrackingParams(wandb_project="t", wandb_mode="offline")
+    with Tracker(params, run, settings, base=BASE):
         pass
     assert sys.argv[-1] == secret
     for file in (tmp_path / "wandb").rglob("*"):
@@ -185,7 +191,7 @@ def test_a_policy_of_several_files_is_one_artifact_and_is_only_named_if_not_uplo
         params = TrackingParams(
             wandb_project="t", wandb_mode="offline", table_rows=0, upload_policy=upload
         )
-        with Tracker(params, run, {}):
+        with Tracker(params, run, {}, base=BASE):
             pass
         artifacts = of_type(files_of(run)[0], "artifact")
         (policy,) = [a for a in artifacts if a.name.startswith("policy-")]
@@ -199,13 +205,13 @@ def test_a_policy_of_several_files_is_one_artifact_and_is_only_named_if_not_uplo
 def test_a_resumed_m_step_repeats_no_row_and_a_torn_line_is_dropped(tmp_path):
     run = finished_run(tmp_path)
     params = TrackingParams(wandb_project="t", wandb_mode="offline", table_rows=0)
-    with Tracker(params, run, {}) as tracker:
+    with Tracker(params, run, {}, base=BASE) as tracker:
         (logger,) = tracker.m_step_loggers(2)[1:]
         for step in (1, 2, 3):
             logger.log_metrics({"loss": step}, step)
     with (tmp_path / "tracking.jsonl").open("a") as file:
         file.write('{"step": 7, "ti')
-    with Tracker(params, run, {}) as tracker:
+    with Tracker(params, run, {}, base=BASE) as tracker:
         (logger,) = tracker.m_step_loggers(2)[1:]
         for step in (2, 3, 4):  # from the checkpoint of step 1
             logger.log_metrics({"loss": step}, step)
@@ -231,7 +237,7 @@ def test_a_server_that_cannot_be_reached_costs_a_line_and_the_timeout(
             wandb_project="t", wandb_mode="online", table_rows=0, wandb_timeout_s=2.0
         )
         start = time.monotonic()
-        with Tracker(params, run, {}):
+        with Tracker(params, run, {}, base=BASE):
             begun = time.monotonic()
     assert begun - start < 10
     assert time.monotonic() - begun < 10
@@ -246,7 +252,7 @@ def test_without_a_key_a_run_goes_on_offline(tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     run = finished_run(tmp_path)
-    with Tracker(TrackingParams(wandb_project="t", table_rows=0), run, {}):
+    with Tracker(TrackingParams(wandb_project="t", table_rows=0), run, {}, base=BASE):
         pass
     assert "goes on offline" in capfd.readouterr().err
     assert files_of(run)
@@ -255,7 +261,9 @@ def test_without_a_key_a_run_goes_on_offline(tmp_path, monkeypatch, capfd):
 def test_what_cannot_be_sent_does_not_stop_the_run(tmp_path, capfd):
     run = finished_run(tmp_path)
     (tmp_path / "iteration_1" / "accepted.parquet").unlink()
-    with Tracker(TrackingParams(wandb_project="t", wandb_mode="offline", table_rows=0), run, {}):
+    with Tracker(
+        TrackingParams(wandb_project="t", wandb_mode="offline", table_rows=0), run, {}, base=BASE
+    ):
         pass
     assert "accepted/1 failed" in capfd.readouterr().err
     assert "iteration/iteration" in history(files_of(run)[0])[-1]
@@ -263,7 +271,7 @@ def test_what_cannot_be_sent_does_not_stop_the_run(tmp_path, capfd):
 
 def test_without_a_project_nothing_is_tracked(tmp_path):
     run = open_run(tmp_path, {"seed": 0})
-    with Tracker(TrackingParams(), run, {}) as tracker:
+    with Tracker(TrackingParams(), run, {}, base=BASE) as tracker:
         tracker.catch_up()
         assert len(tracker.m_step_loggers(1)) == 1
     assert wandb.run is None
