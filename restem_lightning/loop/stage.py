@@ -4,7 +4,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -17,6 +17,7 @@ from restem_lightning.prompts import PromptTemplate, encode_prompt
 from restem_lightning.sampler import EngineParams, Request, Sample, Sampler, SamplingParams
 from restem_lightning.selection import SelectionParams
 from restem_lightning.verifiers import VerifierPool
+from restem_lightning.verifiers.composed import ITERATION
 
 POLL_EVERY_S = 0.02
 
@@ -95,6 +96,11 @@ class Stage:
     iteration: int
     purpose: str = ""
     first_index: int = 0
+
+    @property
+    def is_e_step(self) -> bool:
+        """Whether completions are drawn to train on, and not to measure a policy."""
+        return not self.purpose.startswith(("evaluation/", "validation/"))
 
     @property
     def verifier(self) -> str:
@@ -191,6 +197,8 @@ class _UnderWay:
         if problem is None:
             return None
         prompt_ids, num_shared = encode_prompt(stage.template, problem, stage.policy.tokenizer)
+        if stage.is_e_step:
+            problem = replace(problem, metadata={**problem.metadata, ITERATION: stage.iteration})
         self.drawings[problem.problem_id] = _Drawing(
             problem=problem,
             prompt_ids=prompt_ids,

@@ -288,7 +288,7 @@ class _MStepRows(Logger):
 
     def __init__(self, tracker: Tracker, iteration: int):
         super().__init__()
-        self._tracker, self._axes = tracker, tracker.axes(iteration, m_step=0)
+        self._tracker, self._iteration = tracker, iteration
 
     @property
     def name(self) -> str:
@@ -296,15 +296,14 @@ class _MStepRows(Logger):
 
     @property
     def version(self) -> int:
-        return int(self._axes["iteration"])
+        return self._iteration
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The run's config already holds all settings."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        axes = {**self._axes, "optimizer_step": self._axes["optimizer_step"] + (step or 0)}
-        self._tracker.put_m_step(axes, metrics)
+        self._tracker.put_m_step(self._tracker.axes(self._iteration, m_step=step or 0), metrics)
 
 
 def _import_wandb() -> Any:

@@ -124,9 +124,9 @@ def test_each_iteration_has_a_table_of_completions_of_its_own(tracked):
     file = files_of(tracked)[-1]
     entries = {name: value for row in history(file) for name, value in row.items()}
     for iteration in (1, 2):
-        entry = entries[f"completions/iteration_{iteration}"]
-        assert entry["_type"] == "table-file"
-        table = json.loads((file.parent / "files" / entry["path"]).read_text())
+        name = f"completions/iteration_{iteration}"
+        assert entries[f"{name}/_type"] == "table-file"
+        table = json.loads((file.parent / "files" / entries[f"{name}/path"]).read_text())
         assert table["columns"][:4] == ["iteration", "question", "problem_id", "completion_index"]
         assert len(table["data"]) == 96
         assert {row[0] for row in table["data"]} == {iteration}
@@ -135,7 +135,12 @@ def test_each_iteration_has_a_table_of_completions_of_its_own(tracked):
 
 def test_base_accepted_dataset_and_policy_are_artifacts_with_lineage(tracked):
     file, run_id = files_of(tracked)[-1], read_json(tracked.run_json)["wandb_run_id"]
-    found = {(a.name, a.aliases[-1]): a for a in of_type(file, "artifact") if a.type != "run_table"}
+    found = {
+        (artifact.name, alias): artifact
+        for artifact in of_type(file, "artifact")
+        for alias in artifact.aliases
+        if alias.startswith("iteration_")
+    }
     names = ("base-policy", f"accepted-{run_id}", f"policy-{run_id}")
     wanted = {(names[0], "iteration_0")}
     wanted |= {(name, f"iteration_{t}") for name in names[1:] for t in (1, 2)}
