@@ -34,7 +34,7 @@ from restem_lightning.per_iteration import check_per_iteration, value_at
 from restem_lightning.problems import Problem, ProblemSource, check_splits, without_questions_of
 from restem_lightning.prompts import PromptTemplate
 from restem_lightning.report.html import iteration_table, write_report
-from restem_lightning.run_dir import RunDir, open_run
+from restem_lightning.run_dir import RunDir, open_run, read_json
 from restem_lightning.selection import SelectionParams
 from restem_lightning.settings import (
     add_policy_settings,
@@ -70,10 +70,13 @@ class StopParams:
         rule: first_drop stops when the reward on D_val no longer rises (the paper) and best runs to
             the end, both keep the best weights; none runs to the end and keeps the last.
         patience: with first_drop, the looks in a row without a rise that end the M-step.
+        at_plateau: end the run after an iteration whose policy has no higher reward on D_val than
+            the one before; `iterations` is then the most.
     """
 
     rule: str = "first_drop"
     patience: int = 1
+    at_plateau: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,10 +338,12 @@ def _run(cli: ReSTEMCLI, run: RunDir, stop: _Stop) -> None:
                     cli.build(iteration), problems, run=run, base=base, seed=settings["seed"],
                     verifiers=verifiers, tracker=tracker, stop=stop,
                 )  # fmt: skip
+                if config.stop.at_plateau and _is_plateau(run):
+                    break
                 _fit_iteration(cli, loop, iteration)
     if rank_zero_only.rank == 0:
         write_report([run.path], run.report)
-        last = run.iteration(config.iterations)
+        last = run.iteration(run.finished_iterations()[-1])
         print(f"\n{iteration_table(run.path)}\n\nreport  {run.report}\npolicy  {last.policy}")
 
 
@@ -377,10 +382,10 @@ def _check_settings(config: Any, made: Any, run: RunDir, iteration: int) -> None
     if made.e_step.stop_at_quota:
         check_quota(made.selection)
     stop_callbacks(made.stop.rule, patience=made.stop.patience, folder=run.path)  # checks both
-    if made.problems.validation is None and made.stop.rule != "none":
+    if made.problems.validation is None and (made.stop.rule != "none" or made.stop.at_plateau):
         raise UserError(
-            f"stop.rule ({made.stop.rule}) needs problems.validation; give it, or set stop.rule "
-            "to none"
+            f"stop.rule ({made.stop.rule}) and stop.at_plateau ({made.stop.at_plateau}) need "
+            "problems.validation; give it, or set them to none and false"
         )
     if taken := {"train", "validation"} & set(made.problems.held_out):
         raise UserError(f"problems.held_out must not name a set {taken.pop()}; rename it")
@@ -403,6 +408,13 @@ def _check_policies(config: Any, base: str) -> None:
                     f"draw.policies ({name}) must have the tokenizer of the policy ({base}): the "
                     "M-step trains on the token ids that were drawn; choose another one"
                 )
+
+
+def _is_plateau(run: RunDir) -> bool:
+    """Returns whether the last finished iteration's reward on D_val is no higher than before."""
+    last = run.finished_iterations()[-2:]
+    rewards = [read_json(run.iteration(number).metrics)["m_step"]["val_reward"] for number in last]
+    return len(rewards) == 2 and rewards[1] <= rewards[0]
 
 
 def _load_problems(made: Any, verifiers: VerifierPool) -> dict[str, list[Problem]]:

@@ -170,10 +170,17 @@ class ReSTEMCallback(Callback):
                 "the M-step ended before its first look at D_val; lower trainer.val_check_interval "
                 f"({trainer.val_check_interval}) or set stop.rule to none"
             )
+        looked_at = self.val_rewards[-1][0] if self.val_rewards else None
+        if best is None and self.loop.validation and looked_at != trainer.global_step:
+            # The last weights become the policy, wherever in an epoch the M-step ended.
+            self.val_rewards.append((trainer.global_step, self._validation_reward(pl_module)))
+            self.validation_policy = None
+            release_memory()
         if is_rank_zero():
             step, reward = max(self.val_rewards, key=lambda pair: pair[1], default=(None, None))
             record = {
                 "optimizer_steps": trainer.global_step,
+                "val_reward": self._reward_of_policy(is_best=best is not None),
                 "best_val_reward": reward,
                 "best_optimizer_step": step,
                 "val_rewards": [list(pair) for pair in self.val_rewards],
@@ -182,6 +189,11 @@ class ReSTEMCallback(Callback):
         if best is not None:
             load_best(pl_module, best.best_model_path)
         export_policy(pl_module, self.paths.policy, source_policy=pl_module.policy)
+
+    def _reward_of_policy(self, *, is_best: bool) -> float | None:
+        """Returns the reward on D_val of the weights that are exported, None without D_val."""
+        rewards = [reward for _, reward in self.val_rewards]
+        return (max(rewards) if is_best else rewards[-1]) if rewards else None
 
     def _measure(self, iteration: int, policy: Policy) -> None:
         """Evaluates a policy on every set and writes the iteration's metrics, then its manifest."""
