@@ -30,7 +30,7 @@ from restem_lightning.loop.tracking import Tracker, TrackingParams
 from restem_lightning.m_step.datamodule import AcceptedDataModule
 from restem_lightning.m_step.module import PolicyModule
 from restem_lightning.m_step.stopping import resume_checkpoint, stop_callbacks
-from restem_lightning.per_iteration import check_per_iteration, value_at
+from restem_lightning.per_iteration import value_at, values_by_setting
 from restem_lightning.problems import Problem, ProblemSource, check_splits, without_questions_of
 from restem_lightning.prompts import PromptTemplate
 from restem_lightning.report.html import iteration_table, write_report
@@ -115,9 +115,9 @@ class ReSTEMCLI(LightningCLI):
             "--per_iteration",
             type=dict[str, Any],
             default={},
-            help="Values of iterations 1, 2, ... by dotted setting; the last value holds on: "
-            "{selection.threshold: [0.0, 0.7, 0.8]}; or growth: {trainer.max_steps: {first: 40, "
-            "times: 1.2}}, {first: 300, plus: 20}.",
+            help="Values of a setting in iterations 1, 2, ..., the last one holds on: {selection: "
+            "{threshold: [0.0, 0.7, 0.8]}}; or growth: {trainer: {max_steps: {first: 40, times: "
+            "1.2}}}, {first: 300, plus: 20}. A later config replaces all of it.",
         )
         parser.add_argument(
             "--problems.task",
@@ -198,10 +198,11 @@ class ReSTEMCLI(LightningCLI):
         Raises:
             jsonargparse.ArgumentError: a value does not fit its setting.
         """
-        if not self.config.per_iteration:
+        by_setting = values_by_setting(self.config.per_iteration, self.config)
+        if not by_setting:
             return self.config
         words = []
-        for key, values in self.config.per_iteration.items():
+        for key, values in by_setting.items():
             value = value_at(values, iteration)
             words.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
         return self.parser.parse_args(words, namespace=self.config.clone())
@@ -355,8 +356,8 @@ def _iterations_that_differ(config: Any) -> range:
     """
     if config.iterations < 1:
         raise UserError(f"iterations ({config.iterations}) must be at least 1")
-    check_per_iteration(config.per_iteration, config)
-    lengths = [len(values) for values in config.per_iteration.values()]
+    by_setting = values_by_setting(config.per_iteration, config)
+    lengths = [len(values) for values in by_setting.values()]
     return range(1, min(config.iterations, max([1, *lengths])) + 1)
 
 

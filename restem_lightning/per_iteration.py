@@ -12,28 +12,29 @@ GROUPS = (
 _GROWTH = ({"first", "times"}, {"first", "plus"})
 
 
-def check_per_iteration(per_iteration: dict[str, Any], known: Any) -> None:
-    """Checks the setting `per_iteration`.
+def values_by_setting(per_iteration: dict[str, Any], known: Any) -> dict[str, Any]:
+    """Returns dotted setting -> its values, for the setting `per_iteration`.
 
     Args:
-        per_iteration: dotted setting -> its values.
+        per_iteration: as in YAML, nested like the settings themselves.
         known: object that says by `in` whether there is such a setting.
 
     Raises:
         UserError: no such setting, one that holds for the whole run, or malformed values.
     """
-    for key, values in per_iteration.items():
+    flat = dict(_leaves(per_iteration, ""))
+    for key, values in flat.items():
         if key.split(".")[0] not in GROUPS or key not in known:
             raise UserError(
                 f"per_iteration ({key}) must be a setting of one of {', '.join(GROUPS)}, such as "
-                "selection.threshold"
+                "{selection: {threshold: [0.0, 0.7]}}"
             )
-        is_growth = isinstance(values, dict) and set(values) in _GROWTH
-        if not (is_growth or (isinstance(values, list) and values)):
+        if not (isinstance(values, dict) or (isinstance(values, list) and values)):
             raise UserError(
                 f"per_iteration.{key} ({values}) must be a list of values, or first with times or "
                 "plus"
             )
+    return flat
 
 
 def value_at(values: list[Any] | dict[str, float], iteration: int) -> Any:
@@ -49,3 +50,14 @@ def value_at(values: list[Any] | dict[str, float], iteration: int) -> Any:
     first, past = values["first"], iteration - 1
     value = first * values["times"] ** past if "times" in values else first + values["plus"] * past
     return round(value) if isinstance(first, int) else value
+
+
+def _leaves(value: Any, key: str) -> list[tuple[str, Any]]:
+    """Returns (dotted setting, values) of all settings below a key."""
+    if not isinstance(value, dict) or set(value) in _GROWTH:
+        return [(key, value)]
+    return [
+        leaf
+        for name, item in value.items()
+        for leaf in _leaves(item, f"{key}.{name}" if key else str(name))
+    ]
