@@ -1,6 +1,7 @@
 """`restem fit`: the iterations of ReST^EM, one Trainer.fit each, chained through the run folder."""
 
 import json
+import re
 import shlex
 import signal
 import sys
@@ -23,6 +24,7 @@ from restem_lightning.loop.callback import ReSTEMCallback
 from restem_lightning.loop.draw import DrawParams
 from restem_lightning.loop.e_step import EStepParams, prepare_problems
 from restem_lightning.loop.evaluate import EvaluationParams
+from restem_lightning.loop.learned import PreferenceParams, learn_verifier, wants_verifier
 from restem_lightning.loop.mixing import MixParams
 from restem_lightning.loop.quota import check_quota
 from restem_lightning.loop.shared import Loop
@@ -35,6 +37,7 @@ from restem_lightning.problems import Problem, ProblemSource, check_splits, with
 from restem_lightning.prompts import PromptTemplate
 from restem_lightning.report.html import iteration_table, write_report
 from restem_lightning.run_dir import RunDir, open_run, read_json
+from restem_lightning.scoring import ScoringParams
 from restem_lightning.selection import SelectionParams
 from restem_lightning.settings import (
     add_policy_settings,
@@ -151,12 +154,14 @@ class ReSTEMCLI(LightningCLI):
         )
         parser.add_class_arguments(DrawParams, "draw")
         parser.add_class_arguments(BalanceParams, "balance")
+        parser.add_class_arguments(ScoringParams, "scoring")
         parser.add_class_arguments(SelectionParams, "selection")
         parser.add_class_arguments(MixParams, "mix")
         parser.add_class_arguments(EStepParams, "e_step")
         parser.add_class_arguments(StopParams, "stop")
         parser.add_class_arguments(ValidationParams, "validation")
         parser.add_class_arguments(EvaluationParams, "evaluation")
+        parser.add_class_arguments(PreferenceParams, "preference")
         parser.add_class_arguments(TrackingParams, "tracking")
         parser.link_arguments("policy", "model.policy")
         parser.link_arguments("seed_everything", "data.seed")
@@ -334,14 +339,24 @@ def _run(cli: ReSTEMCLI, run: RunDir, stop: _Stop) -> None:
             open_run(run.path, settings, free=FREE_ON_RESUME)
         questions = {problem.problem_id: problem.question for problem in problems["train"]}
         with Tracker(made.tracking, run, settings, base=base, questions=questions) as tracker:
-            for iteration in range(run.resume_iteration(), config.iterations + 1):
-                loop = _make_loop(
+
+            def loop_of(iteration: int) -> Loop:
+                return _make_loop(
                     cli.build(iteration), problems, run=run, base=base, seed=settings["seed"],
                     verifiers=verifiers, tracker=tracker, stop=stop,
                 )  # fmt: skip
-                if config.stop.at_plateau and _is_plateau(run):
+
+            for iteration in range(1, config.iterations + 1):
+                is_finished = iteration < run.resume_iteration()
+                if not is_finished and config.stop.at_plateau and _is_plateau(run):
                     break
-                _fit_iteration(cli, loop, iteration)
+                if not is_finished:
+                    _fit_iteration(cli, loop_of(iteration), iteration)
+                if wants_verifier(made.preference, run, iteration, is_last=False):
+                    _learn_verifier(cli, loop_of(iteration), iteration)
+            last = run.finished_iterations()[-1]
+            if wants_verifier(made.preference, run, last, is_last=True):
+                _learn_verifier(cli, loop_of(last), last)
     if rank_zero_only.rank == 0:
         write_report([run.path], run.report)
         last = run.iteration(run.finished_iterations()[-1])
@@ -382,6 +397,11 @@ def _check_settings(config: Any, made: Any, run: RunDir, iteration: int) -> None
         )
     if made.e_step.stop_at_quota:
         check_quota(made.selection)
+        if made.scoring.scorer is not None:
+            raise UserError(
+                "e_step.stop_at_quota (true) must be false with scoring.scorer: scores come only "
+                "once all completions are drawn"
+            )
     stop_callbacks(made.stop.rule, patience=made.stop.patience, folder=run.path)  # checks both
     if made.problems.validation is None and (made.stop.rule != "none" or made.stop.at_plateau):
         raise UserError(
@@ -475,6 +495,7 @@ def _make_loop(
         hint=made.hint,
         balance=made.balance,
         e_step=made.e_step,
+        scoring=made.scoring,
         selection=made.selection,
         mix=made.mix,
         evaluation=made.evaluation,
@@ -505,6 +526,22 @@ def _fit_iteration(cli: ReSTEMCLI, loop: Loop, iteration: int) -> None:
         default_root_dir=str(paths.m_step),
     )
     trainer.fit(made.model, made.data, ckpt_path=resume_checkpoint(paths.m_step))
+
+
+def _learn_verifier(cli: ReSTEMCLI, loop: Loop, iteration: int) -> None:
+    """Trains the verifier of a finished iteration, in new objects throughout."""
+    params = cli.build(iteration).preference
+    start = {"base": loop.base}.get(params.start_from, params.start_from)
+    if re.fullmatch(r"iteration_\d+", start):
+        start = str(loop.run.path / start / "policy")
+    made = cli.build(iteration)
+    learn_verifier(
+        loop,
+        iteration,
+        params,
+        start=resolve_policy(start),
+        make_trainer=lambda **changes: cli.make_trainer(made, callbacks=[], **changes),
+    )
 
 
 @rank_zero_only

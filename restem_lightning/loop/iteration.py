@@ -85,6 +85,9 @@ class EStep:
             )
         barrier()
         on_part()
+        if self.loop.scoring.scorer is not None:
+            self.loop.scoring.scorer.close()
+            release_memory()
         if is_rank_zero():
             self._select()
         barrier()

@@ -14,6 +14,7 @@ from restem_lightning.problems import Problem
 from restem_lightning.prompts import PromptTemplate
 from restem_lightning.run_dir import RunDir
 from restem_lightning.sampler import EngineParams, SamplingParams
+from restem_lightning.scoring import ScoringParams
 from restem_lightning.selection import SelectionParams
 from restem_lightning.verifiers import VerifierPool
 
@@ -38,6 +39,7 @@ class Loop:
         hint: prompt of a second pass over unsolved problems, None for no such pass.
         balance: choice of temperature and threshold.
         e_step: size of parts, alarm, quota, parity.
+        scoring: a learned verifier in the E-step.
         selection: which completions are accepted.
         mix: what the M-step trains on beside them.
         evaluation: how policies are measured.
@@ -60,6 +62,7 @@ class Loop:
     hint: PromptTemplate | None
     balance: BalanceParams
     e_step: EStepParams
+    scoring: ScoringParams
     selection: SelectionParams
     mix: MixParams
     evaluation: EvaluationParams
@@ -75,4 +78,5 @@ class Loop:
             params=self.sampling,
             seed=self.seed,
             iteration=iteration,
+            scoring=self.scoring,
         )

@@ -15,6 +15,7 @@ from restem_lightning.m_step.export import policy_hash
 from restem_lightning.problems import Problem
 from restem_lightning.prompts import PromptTemplate, encode_prompt
 from restem_lightning.sampler import EngineParams, Request, Sample, Sampler, SamplingParams
+from restem_lightning.scoring import ScoringParams
 from restem_lightning.selection import SelectionParams
 from restem_lightning.verifiers import VerifierPool
 from restem_lightning.verifiers.composed import ITERATION
@@ -84,6 +85,7 @@ class Stage:
         iteration: part of the address of every draw.
         purpose: part of the address, before the problem_id; tells the draws of an evaluation from
             those of the E-step.
+        scoring: a learned verifier, for the E-step alone; None for none.
         first_index: completion_index of each problem's first completion; pools that are united
             share none.
     """
@@ -95,6 +97,7 @@ class Stage:
     seed: int
     iteration: int
     purpose: str = ""
+    scoring: ScoringParams | None = None
     first_index: int = 0
 
     @property
