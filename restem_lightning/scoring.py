@@ -25,18 +25,11 @@ Rule = Literal["all", "any", "weighted"]
 
 
 class Scorer(Protocol):
-    """Gives completions a score; named by class path in YAML.
+    """Gives completions a score; named by class path in YAML, with the types below.
 
-    Attributes:
-        name: recorded with each completion.
-        version: recorded with each completion; changes when scores may change.
+    It also has two texts, `name` and `version`, that are part of a pool's key: the version changes
+    when scores may change.
     """
-
-    name: str
-
-    @property
-    def version(self) -> str:
-        """See above; may read the model's files."""
 
     def score(self, judged: Sequence[tuple[Problem, Completion]]) -> list[float]:
         """Returns one finite score for each completion; the higher the better."""
