@@ -23,6 +23,7 @@ from restem_lightning.loop.callback import ReSTEMCallback
 from restem_lightning.loop.draw import DrawParams
 from restem_lightning.loop.e_step import EStepParams, prepare_problems
 from restem_lightning.loop.evaluate import EvaluationParams, ValidationParams
+from restem_lightning.loop.iteration import is_plateau
 from restem_lightning.loop.mixing import MixParams
 from restem_lightning.loop.shared import Loop
 from restem_lightning.loop.tracking import Tracker, TrackingParams
@@ -33,7 +34,7 @@ from restem_lightning.per_iteration import value_at, values_by_setting
 from restem_lightning.problems import Problem, ProblemSource, check_splits
 from restem_lightning.prompts import PromptTemplate
 from restem_lightning.report.html import iteration_table, write_report
-from restem_lightning.run_dir import RunDir, open_run, read_json
+from restem_lightning.run_dir import RunDir, open_run
 from restem_lightning.selection import SelectionParams
 from restem_lightning.settings import (
     add_policy_settings,
@@ -90,6 +91,13 @@ class ReSTEMCLI(LightningCLI):
             type=str,
             default="base",
             help="Weights that each M-step starts from: base (the paper), previous, or a folder.",
+        )
+        parser.add_argument(
+            "--carry_optimizer",
+            type=bool,
+            default=False,
+            help="Whether an M-step goes on with the optimizer's state of the one before; for "
+            "start_from previous and stop.rule none. The learning rate schedule begins anew.",
         )
         parser.add_argument(
             "--per_iteration",
@@ -302,20 +310,13 @@ def _run(cli: ReSTEMCLI, run: RunDir, stop: _Stop) -> None:
                     cli.build(iteration), problems, run=run, base=base, seed=settings["seed"],
                     verifiers=verifiers, tracker=tracker, stop=stop,
                 )  # fmt: skip
-                if config.stop.at_plateau and _is_plateau(run):
+                if config.stop.at_plateau and is_plateau(run):
                     break
                 _fit_iteration(cli, loop, iteration)
     if rank_zero_only.rank == 0:
         write_report([run.path], run.report)
         last = run.iteration(run.finished_iterations()[-1])
         print(f"\n{iteration_table(run.path)}\n\nreport  {run.report}\npolicy  {last.policy}")
-
-
-def _is_plateau(run: RunDir) -> bool:
-    """Returns whether the last finished iteration's reward on D_val is no higher than before."""
-    last = run.finished_iterations()[-2:]
-    rewards = [read_json(run.iteration(number).metrics)["m_step"]["val_reward"] for number in last]
-    return len(rewards) == 2 and rewards[1] <= rewards[0]
 
 
 def _load_problems(made: Any, verifiers: VerifierPool) -> dict[str, list[Problem]]:
@@ -361,6 +362,7 @@ def _make_loop(
         e_step=made.e_step,
         selection=made.selection,
         mix=made.mix,
+        carry_optimizer=made.carry_optimizer,
         evaluation=made.evaluation,
         tracker=tracker,
         check_stop=stop.check,

@@ -37,6 +37,11 @@ def check_settings(config: Any, made: Any, run: RunDir, iteration: int) -> None:
     """
     if made.draw.reuse_pool and iteration == 1:
         raise UserError("draw.reuse_pool (true) must be false in iteration 1: there is no pool yet")
+    if made.carry_optimizer and (made.start_from, made.stop.rule) != ("previous", "none"):
+        raise UserError(
+            f"carry_optimizer (true) needs start_from previous ({made.start_from}) and stop.rule "
+            f"none ({made.stop.rule}): the state fits the last weights only; set these"
+        )
     if made.draw.num_problems == 0 and made.mix.human == "none":
         raise UserError("draw.num_problems (0) leaves nothing to train on; set mix.human")
     for name in OWN_TRAINER_SETTINGS:
