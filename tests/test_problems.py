@@ -11,12 +11,13 @@ from restem_lightning.problems import (
     MATH,
     JsonlProblems,
     Problem,
-    ReasoningGym,
     check_splits,
     last_boxed,
     read_problems,
+    without_questions_of,
     write_problems,
 )
+from restem_lightning.procedural import ReasoningGym
 
 
 def problem(problem_id="a", question="What is 1+1?", **values):
@@ -206,12 +207,17 @@ def test_an_unknown_task_or_setting_is_refused(task, config):
         ReasoningGym(task, seed=1, num=1, config=config).load()
 
 
-def test_splits_that_share_a_question_or_an_id_are_refused():
+def test_splits_that_share_an_id_are_refused():
     check_splits({"train": [problem("a", "x"), problem("b", "x")], "held_out": [problem("c", "y")]})
-    with pytest.raises(UserError, match="'train' and 'held_out' share the question 'x y'"):
-        check_splits({"train": [problem("a", "x  y")], "held_out": [problem("b", "x y\n")]})
-    with pytest.raises(UserError, match="share the problem_id 'a'"):
+    with pytest.raises(UserError, match="'train' and 'held_out' share the problem_id 'a'"):
         check_splits({"train": [problem("a", "x")], "held_out": [problem("a", "y")]})
+
+
+def test_a_question_that_others_ask_as_well_is_dropped():
+    problems = [problem("a", "x  y"), problem("b", "x"), problem("c", "z")]
+    kept, dropped = without_questions_of(problems, [problem("d", "x y\n"), problem("e", "z")])
+    assert [one.problem_id for one in kept] == ["b"]
+    assert [one.problem_id for one in dropped] == ["a", "c"]
 
 
 def test_importing_problems_imports_nothing_heavy():

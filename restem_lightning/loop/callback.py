@@ -23,6 +23,7 @@ from restem_lightning.loop.stage import Policy, load_policy
 from restem_lightning.loop.stop_request import Stopped, is_amid_epoch
 from restem_lightning.loop.weights import hand_over, release_memory
 from restem_lightning.m_step.export import export_policy, load_best
+from restem_lightning.m_step.optimizer_state import load_optimizer, save_optimizer
 from restem_lightning.run_dir import IterationDir, read_json, write_json
 from restem_lightning.selection import empty_reason
 
@@ -72,8 +73,12 @@ class ReSTEMCallback(Callback):
         self.watch = self._stopwatch("m_step")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes signals back from Lightning, which has wrapped our handlers by now."""
-        self.loop.stop.install()
+        """Takes signals back from Lightning, and goes on with the optimizer's state if wanted."""
+        self.loop.stop.install()  # Lightning has wrapped our handlers by now
+        before = self.loop.run.iteration(self.iteration - 1).optimizer
+        # A resumed M-step has its own state already.
+        if self.loop.carry_optimizer and before.exists() and trainer.global_step == 0:
+            load_optimizer(pl_module.model, trainer.optimizers[0], before)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -212,6 +217,8 @@ class ReSTEMCallback(Callback):
                 "val_rewards": [list(pair) for pair in self.val_rewards],
             }
             write_json(self.paths.m_step / "m_step.json", record)
+        if self.loop.carry_optimizer:
+            save_optimizer(pl_module.model, trainer.optimizers[0], self.paths.optimizer)
         if best is not None:
             load_best(pl_module, best.best_model_path)
         export_policy(pl_module, self.paths.policy, source_policy=pl_module.policy)
@@ -256,7 +263,6 @@ class ReSTEMCallback(Callback):
             "seconds": read_json(paths.path / "seconds.json"),
         }
         write_json(paths.metrics, metrics)
-        loop.tracker.log_iteration(metrics)
         for name, values in metrics["evaluation"].items():
             shown = ", ".join(f"{key} {100 * one['value']:.1f} %" for key, one in values.items())
             print(f"iteration {iteration}: {name} {shown}")
@@ -273,6 +279,8 @@ class ReSTEMCallback(Callback):
                 },
             )
             _remove_checkpoints(paths.m_step)
+            loop.run.iteration(iteration - 1).optimizer.unlink(missing_ok=True)
+        loop.tracker.catch_up()
 
     def _stopwatch(self, stage: str) -> Stopwatch:
         return Stopwatch(self.paths.path / "seconds.json", stage)

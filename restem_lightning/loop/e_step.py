@@ -90,6 +90,7 @@ def pool_key(
         "sampling": asdict(stage.params),
         "prompt_hash": template_hash(stage.template, stage.policy.tokenizer),
         "verifier": stage.verifier,
+        "scoring": stage.scoring.key() if stage.scoring and stage.is_e_step else None,
         "dtype": str(stage.policy.sampler.dtype),
         "num_problems": len(problems),
         "problems_hash": hashlib.sha256(content.encode()).hexdigest(),
@@ -157,7 +158,8 @@ def fill_store(
             collected[number].append(completion)
             num_done[number] += is_last
             if num_done[number] == len(parts[number]):
-                store.write_part(number, _in_order(collected.pop(number), parts[number]))
+                whole = _in_order(collected.pop(number), parts[number])
+                store.write_part(number, _scored(whole, parts[number], stage))
                 if on_part is not None:
                     on_part()
             bar.total -= num_skipped
@@ -165,6 +167,16 @@ def fill_store(
             bar.update()
             if should_stop is not None and should_stop():
                 return
+
+
+def _scored(
+    completions: list[Completion], problems: list[Problem], stage: Stage
+) -> list[Completion]:
+    """Returns completions with the verdict of the learned verifier too, where there is one."""
+    if stage.scoring is None or not stage.is_e_step:
+        return completions
+    by_id = {problem.problem_id: problem for problem in problems}
+    return stage.scoring.apply([(by_id[one.problem_id], one) for one in completions])
 
 
 def _in_order(completions: list[Completion], problems: list[Problem]) -> list[Completion]:

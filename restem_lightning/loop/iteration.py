@@ -19,7 +19,7 @@ from restem_lightning.loop.shared import Loop
 from restem_lightning.loop.stage import eos_ids, load_policy
 from restem_lightning.loop.weights import release_memory
 from restem_lightning.problems import Problem
-from restem_lightning.run_dir import read_json, write_json
+from restem_lightning.run_dir import RunDir, read_json, write_json
 from restem_lightning.selection import (
     end_with_eos,
     read_accepted,
@@ -27,7 +27,6 @@ from restem_lightning.selection import (
     write_accepted,
 )
 
-MAX_TABLE_ROWS = 1000
 STAGES = ("completions", "not_truncated", "correct", "distinct", "accepted")
 
 
@@ -87,6 +86,9 @@ class EStep:
             )
         barrier()
         hooks.on_part()
+        if self.loop.scoring.scorer is not None:
+            self.loop.scoring.scorer.close()
+            release_memory()
         if is_rank_zero():
             self._select()
         barrier()
@@ -165,11 +167,10 @@ class EStep:
             + (f"; {num_skipped} not drawn, the quota was met" if num_skipped else "")
             + (f"; {mixed.num_rows} to train on" if mixed.num_rows != funnel["accepted"] else "")
         )
-        if self.is_drawn_here:
-            loop.tracker.log_completions(self.iteration, stores[0], MAX_TABLE_ROWS)
         write_accepted(self.paths.accepted, end_with_eos(mixed, eos_ids(loop.base)))
         (self.paths.path / "parity.json").unlink(missing_ok=True)  # that of another pool
         write_json(self.paths.funnel, funnel)
+        loop.tracker.catch_up()
 
     def _mix(self, accepted: pa.Table) -> pa.Table:
         """Returns what the M-step trains on."""
@@ -187,3 +188,10 @@ class EStep:
             tokenizer=AutoTokenizer.from_pretrained(loop.base),
             earlier=earlier(),
         )
+
+
+def is_plateau(run: RunDir) -> bool:
+    """Returns whether the last finished iteration's reward on D_val is no higher than before."""
+    last = run.finished_iterations()[-2:]
+    rewards = [read_json(run.iteration(number).metrics)["m_step"]["val_reward"] for number in last]
+    return len(rewards) == 2 and rewards[1] <= rewards[0]

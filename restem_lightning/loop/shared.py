@@ -14,6 +14,7 @@ from restem_lightning.problems import Problem
 from restem_lightning.prompts import PromptTemplate
 from restem_lightning.run_dir import RunDir
 from restem_lightning.sampler import EngineParams, SamplingParams
+from restem_lightning.scoring import ScoringParams
 from restem_lightning.selection import SelectionParams
 from restem_lightning.verifiers import VerifierPool
 
@@ -38,8 +39,10 @@ class Loop:
         hint: prompt of a second pass over unsolved problems, None for no such pass.
         balance: choice of temperature and threshold.
         e_step: size of parts, alarm, quota, parity.
+        scoring: a learned verifier in the E-step.
         selection: which completions are accepted.
         mix: what the M-step trains on beside them.
+        carry_optimizer: whether the M-step goes on with the optimizer's state of the one before.
         evaluation: how policies are measured.
         tracker: sends metrics to where they are watched.
         stop: whether the run shall stop; asked where nothing is lost.
@@ -60,8 +63,10 @@ class Loop:
     hint: PromptTemplate | None
     balance: BalanceParams
     e_step: EStepParams
+    scoring: ScoringParams
     selection: SelectionParams
     mix: MixParams
+    carry_optimizer: bool
     evaluation: EvaluationParams
     tracker: Tracker
     stop: StopRequest
@@ -75,4 +80,5 @@ class Loop:
             params=self.sampling,
             seed=self.seed,
             iteration=iteration,
+            scoring=self.scoring,
         )

@@ -4,7 +4,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -15,8 +15,10 @@ from restem_lightning.m_step.export import policy_hash
 from restem_lightning.problems import Problem
 from restem_lightning.prompts import PromptTemplate, encode_prompt
 from restem_lightning.sampler import EngineParams, Request, Sample, Sampler, SamplingParams
+from restem_lightning.scoring import ScoringParams
 from restem_lightning.selection import SelectionParams
 from restem_lightning.verifiers import VerifierPool
+from restem_lightning.verifiers.composed import ITERATION
 
 POLL_EVERY_S = 0.02
 
@@ -83,6 +85,7 @@ class Stage:
         iteration: part of the address of every draw.
         purpose: part of the address, before the problem_id; tells the draws of an evaluation from
             those of the E-step.
+        scoring: a learned verifier, for the E-step alone; None for none.
         first_index: completion_index of each problem's first completion; pools that are united
             share none.
     """
@@ -94,7 +97,13 @@ class Stage:
     seed: int
     iteration: int
     purpose: str = ""
+    scoring: ScoringParams | None = None
     first_index: int = 0
+
+    @property
+    def is_e_step(self) -> bool:
+        """Whether completions are drawn to train on, and not to measure a policy."""
+        return not self.purpose.startswith(("evaluation/", "validation/"))
 
     @property
     def verifier(self) -> str:
@@ -191,6 +200,8 @@ class _UnderWay:
         if problem is None:
             return None
         prompt_ids, num_shared = encode_prompt(stage.template, problem, stage.policy.tokenizer)
+        if stage.is_e_step:
+            problem = replace(problem, metadata={**problem.metadata, ITERATION: stage.iteration})
         self.drawings[problem.problem_id] = _Drawing(
             problem=problem,
             prompt_ids=prompt_ids,
