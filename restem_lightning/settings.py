@@ -19,6 +19,7 @@ from restem_lightning.verifiers import VerifierPool, VerifierSpec
 EMBEDDED_POLICY = ASSETS / "policy"
 EMBEDDED_POLICIES = {"embedded": EMBEDDED_POLICY, "embedded_code": ASSETS / "code_policy"}
 VERIFIERS = {
+    "code": "restem_lightning.verifiers.CodeVerifier",
     "math": "restem_lightning.verifiers.MathVerifier",
     "procedural": "restem_lightning.verifiers.ProceduralVerifier",
     "callable": "restem_lightning.verifiers.CallableVerifier",
