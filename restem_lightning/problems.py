@@ -167,7 +167,7 @@ class JsonlProblems:
             if self._split not in known:
                 raise UserError(f"{self._path} has no split {self._split!r}; it has {known}")
             problems = [problem for problem in problems if problem.split == self._split]
-        return _slice(problems, 0, self._num, self._path)
+        return take_slice(problems, 0, self._num, self._path)
 
 
 class GSM8K:
@@ -188,9 +188,9 @@ class GSM8K:
     def load(self) -> list[Problem]:
         """Returns the problems in file order, with ids such as gsm8k/train/17 (row 17, from 0)."""
         problems = []
-        for index, row in enumerate(_rows_of(self._path, self._split, "main")):
+        for index, row in enumerate(rows_of(self._path, self._split, "main")):
             where = f"{self._path} {self._split} row {index}"
-            question, answer = _text(row, "question", where), _text(row, "answer", where)
+            question, answer = text_field(row, "question", where), text_field(row, "answer", where)
             _, mark, number = answer.rpartition("####")
             if not mark:
                 raise UserError(f"{where} has no '#### number' in its answer; is this GSM8K?")
@@ -204,7 +204,7 @@ class GSM8K:
                     source="gsm8k",
                 )
             )
-        return _slice(problems, self._offset, self._num, self._path)
+        return take_slice(problems, self._offset, self._num, self._path)
 
 
 class MATH:
@@ -239,7 +239,7 @@ class MATH:
         Rows whose box is missing or empty have no answer: dropped, and counted in a warning.
         """
         problems, dropped = [], []
-        for index, row in enumerate(_rows_of(self._path, self._split, None)):
+        for index, row in enumerate(rows_of(self._path, self._split, None)):
             problem = self._problem(index, row)
             (problems if problem.reference_answer else dropped).append(problem)
         if dropped:
@@ -247,16 +247,16 @@ class MATH:
             logger.warning(f"{self._path}: dropped {len(dropped)} without an answer: {names}")
         problems = self._filter(problems, "subject", self._subject)
         problems = self._filter(problems, "level", self._level)
-        return _slice(problems, self._offset, self._num, self._path)
+        return take_slice(problems, self._offset, self._num, self._path)
 
     def _problem(self, index: int, row: dict[str, Any]) -> Problem:
         where = f"{self._path} {self._split} row {index}"
-        solution = _text(row, "solution", where)
+        solution = text_field(row, "solution", where)
         level = re.search(r"\d+", str(row.get("level")))
         subject, unique_id = row.get("subject", row.get("type")), row.get("unique_id")
         return Problem(
             problem_id=f"math/{self._split}/{index}",
-            question=_text(row, "problem", where),
+            question=text_field(row, "problem", where),
             reference_answer=(last_boxed(solution) or "").strip(),
             reference_solution=solution,
             split=self._split,
@@ -296,7 +296,8 @@ def open_file(path: Path, mode: str) -> IO[bytes]:
     return gzip.open(path, mode) if path.suffix == ".gz" else path.open(mode)
 
 
-def _slice(problems: list[Problem], offset: int, num: int | None, path: str) -> list[Problem]:
+def take_slice(problems: list[Problem], offset: int, num: int | None, path: str) -> list[Problem]:
+    """Returns num problems from an offset on, all that are left if num is None."""
     end = len(problems) if num is None else offset + num
     if not 0 <= offset < end <= len(problems):
         raise UserError(
@@ -305,7 +306,8 @@ def _slice(problems: list[Problem], offset: int, num: int | None, path: str) -> 
     return problems[offset:end]
 
 
-def _text(row: dict[str, Any], name: str, where: str) -> str:
+def text_field(row: dict[str, Any], name: str, where: str) -> str:
+    """Returns a field that must be text; UserError, with the place, if it is not."""
     if not isinstance(row.get(name), str):
         raise UserError(f"{where} has no text field {name!r}; it has {', '.join(row)}")
     return row[name]
@@ -328,10 +330,13 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
 
 
-def _rows_of(path: str, split: str, hub_config: str | None) -> Iterable[dict[str, Any]]:
+def rows_of(
+    path: str, split: str, hub_config: str | None, stem: str | None = None
+) -> Iterable[dict[str, Any]]:
+    """Returns the rows of a folder's file `stem` (else `split`), of a file, or of the Hub."""
     place = Path(path)
     if place.is_dir():
-        names = [f"{split}.jsonl", f"{split}.jsonl.gz"]
+        names = [f"{stem or split}.jsonl", f"{stem or split}.jsonl.gz"]
         found = [place / name for name in names if (place / name).is_file()]
         if not found:
             raise UserError(f"{path} has no {' or '.join(names)}; choose another path or split")

@@ -17,6 +17,7 @@ from restem_lightning.sampler import EngineParams, SamplingParams
 from restem_lightning.verifiers import VERIFIERS, VerifierPool, verifier_spec
 
 EMBEDDED_POLICY = ASSETS / "policy"
+EMBEDDED_POLICIES = {"embedded": EMBEDDED_POLICY, "embedded_code": ASSETS / "code_policy"}
 VERIFIER_HELP = (
     f"Name ({', '.join(VERIFIERS)}), class path (package.module.Class or path/file.py:Class), or "
     "{class_path, init_args}."
@@ -62,7 +63,8 @@ def add_policy_settings(parser: ArgumentParser) -> None:
         "--policy",
         type=str,
         default="embedded",
-        help="Folder in Hugging Face layout, hub id, or `embedded` for the package's small model.",
+        help="Folder in Hugging Face layout, hub id, or one of the package's small models: "
+        "`embedded` (word problems), `embedded_code` (small functions).",
     )
     parser.add_argument(
         "--prompt",
@@ -85,7 +87,7 @@ def resolve_policy(policy: str) -> str:
     Raises:
         UserError: there is no such folder or repository, or it is not a whole policy.
     """
-    folder = EMBEDDED_POLICY if policy == "embedded" else Path(policy)
+    folder = EMBEDDED_POLICIES.get(policy) or Path(policy)
     if not folder.exists() and policy.count("/") <= 1 and not policy.startswith((".", "/")):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (

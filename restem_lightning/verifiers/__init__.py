@@ -8,6 +8,7 @@ from restem_lightning.verifiers.base import (
     verifier_spec,
 )
 from restem_lightning.verifiers.batch import check_references, verify_file
+from restem_lightning.verifiers.code import CodeVerifier
 from restem_lightning.verifiers.composed import ComposedVerifier
 from restem_lightning.verifiers.math import MathVerifier
 from restem_lightning.verifiers.pool import VerifierPool
@@ -16,6 +17,7 @@ from restem_lightning.verifiers.procedural import ProceduralVerifier
 __all__ = [
     "VERIFIERS",
     "CallableVerifier",
+    "CodeVerifier",
     "ComposedVerifier",
     "MathVerifier",
     "ProceduralVerifier",

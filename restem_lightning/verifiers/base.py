@@ -17,6 +17,7 @@ from restem_lightning.problems import Problem
 
 HEADER = struct.Struct(">I")
 VERIFIERS = {
+    "code": "restem_lightning.verifiers.CodeVerifier",
     "math": "restem_lightning.verifiers.MathVerifier",
     "procedural": "restem_lightning.verifiers.ProceduralVerifier",
     "callable": "restem_lightning.verifiers.CallableVerifier",
@@ -27,10 +28,10 @@ VERIFIERS = {
 class Verifier(Protocol):
     """Says whether a completion solves a problem; named by class path in YAML.
 
-    Two methods are optional. `cache_key(problem, completion_text)` returns a tuple such that equal
-    keys mean equal verdicts (or None: do not cache); it runs in the sampling process, so it must be
-    cheap and safe for any text. `warm_up()` does slow imports; a worker calls it before its first
-    job.
+    Three members are optional. `cache_key(problem, completion_text)` returns a tuple such that
+    equal keys mean equal verdicts (or None: do not cache); it runs in the sampling process, so it
+    must be cheap and safe for any text. `warm_up()` does slow imports; a worker calls it before its
+    first job. `deadline_s` is how long a job may take if the verifier bounds its jobs itself.
 
     Attributes:
         name: recorded with each verdict.

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from restem_lightning.code_problems import RAW_KEYS, code_fields
 from restem_lightning.completions import Verdict, VerdictKind
 from restem_lightning.errors import UserError
 from restem_lightning.problems import Problem, open_file, problem_from_fields
@@ -57,9 +58,10 @@ def verify_file(
     """Writes one verdict line for each line of a JSONL file, in the same order.
 
     An input line holds `problem_id`, `completion` and the problem's other fields (`question`,
-    `reference_answer`, `tests`, ...); `case_id` is passed on, other keys are ignored. A malformed
-    line has verdict ERROR. Memory is bounded; the output appears whole or not at all. Both paths
-    may end in .gz.
+    `reference_answer`, `tests`, ...), or a code problem's as MBPP, HumanEval and APPS have them
+    (see `code_fields`; there `task_id` can stand for `problem_id`); `case_id` is passed on, other
+    keys are ignored. A malformed line has verdict ERROR. Memory is bounded; the output appears
+    whole or not at all. Both paths may end in .gz.
 
     Args:
         spec: the verifier.
@@ -138,6 +140,9 @@ def _parse_line(line: bytes) -> tuple[dict[str, Any], Problem | str, str]:
     if type(known.get("reference_answer")) in (int, float):
         known["reference_answer"] = json.dumps(known["reference_answer"])
     try:
+        if any(values.get(key) is not None for key in RAW_KEYS):
+            known = {**code_fields(values), **known}
+            known.setdefault("problem_id", str(values.get("task_id") or "-"))
         return head, problem_from_fields(known), completion
     except UserError as error:
         return head, str(error), ""

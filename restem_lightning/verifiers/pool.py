@@ -108,7 +108,9 @@ class VerifierPool:
         Args:
             spec: how to build the verifier; it is also built here once, to find mistakes early.
             num_workers: processes, at least 1.
-            deadline_s: wall-clock seconds for one job; a job that takes longer is TIMEOUT.
+            deadline_s: wall-clock seconds for one job; a job that takes longer is TIMEOUT. A
+                verifier that bounds its jobs itself says in its `deadline_s` how long they may
+                take; then that counts, if it is more.
             memory_bytes: address space of one worker; a job that needs more is ERROR.
             cpu_s: CPU seconds for one job (rounded up), None for no such limit; then TIMEOUT.
 
@@ -120,7 +122,7 @@ class VerifierPool:
                 raise UserError(f"{name} ({value}) must be greater than 0")
         self.verifier = spec.build()
         self._settings = {"spec": asdict(spec), "memory_bytes": memory_bytes, "cpu_s": cpu_s}
-        self._deadline_s = deadline_s
+        self._deadline_s = max(deadline_s, getattr(self.verifier, "deadline_s", 0.0))
         self._queue: collections.deque[_Job] = collections.deque()
         self._done: collections.deque[tuple[Hashable, Verdict]] = collections.deque()
         self._num_pending = 0
