@@ -13,6 +13,7 @@
 #include "attention.h"
 
 enum { CHUNK = 128 };                 /* keys */
+enum { SPAN = 32 };                   /* words added up at a time */
 enum { WIDE = 2 * LANES };            /* keys or values side by side in one step of a product */
 enum { FIRST_MEMBER, NUM_MEMBERS, TABLE, START, FIRST_KEY, LAST_KEY, PIECE, COLUMNS };
 
@@ -113,24 +114,39 @@ struct settings {
     int window;
 };
 
-/* scores[i][0 .. WIDE) = query i . keys, for m queries. */
+/* Writes v, or adds it where there has been something before. */
+INLINE void add_to(float *to, vec v, int before)
+{
+    vec old;
+    if (before) {
+        memcpy(&old, to, sizeof old);
+        v += old;
+    }
+    memcpy(to, &v, sizeof v);
+}
+
+/* scores[i][0 .. WIDE) = query i . keys, for m queries; sums of spans, since a single long one
+ * loses digits. */
 INLINE void score(
     const int m, const word *queries, int steps, const word *keys, int stride, float *scores,
     int score_stride)
 {
-    vec low[MAX_ROWS], high[MAX_ROWS];
-    UNROLL for (int i = 0; i < m; i++)
-        low[i] = high[i] = (vec){0};
-    for (int s = 0; s < steps; s++) {
-        words a = load_words(keys + s * stride), b = load_words(keys + s * stride + LANES);
-        UNROLL for (int i = 0; i < m; i++) {
-            low[i] = add_product(low[i], queries[i * steps + s], a);
-            high[i] = add_product(high[i], queries[i * steps + s], b);
+    for (int first = 0; first < steps; first += SPAN) {
+        vec low[MAX_ROWS], high[MAX_ROWS];
+        UNROLL for (int i = 0; i < m; i++)
+            low[i] = high[i] = (vec){0};
+        for (int s = first; s < lesser(first + SPAN, steps); s++) {
+            words a = load_words(keys + s * stride), b = load_words(keys + s * stride + LANES);
+            UNROLL for (int i = 0; i < m; i++) {
+                low[i] = add_product(low[i], queries[i * steps + s], a);
+                high[i] = add_product(high[i], queries[i * steps + s], b);
+            }
         }
-    }
-    UNROLL for (int i = 0; i < m; i++) {
-        memcpy(scores + i * score_stride, &low[i], sizeof(vec));
-        memcpy(scores + i * score_stride + LANES, &high[i], sizeof(vec));
+        UNROLL for (int i = 0; i < m; i++) {
+            float *to = scores + i * score_stride;
+            add_to(to, low[i], first);
+            add_to(to + LANES, high[i], first);
+        }
     }
 }
 
@@ -237,15 +253,14 @@ static float weigh(
     }
     float highest = max_of(top), before = st->highest[i];
     highest = highest > before ? highest : before;
-    float offset = highest * scale;
     for (int k = first; k < last; k += LANES) {
         vec x;
         memcpy(&x, scores + k, sizeof x);
-        x = exp2_of(x * scale - offset);
+        x = exp2_of((x - highest) * scale);
         sum += x;
         store((number *)weights + k, x, LANES);
     }
-    float factor = exp2_of(splat(before * scale - offset))[0];
+    float factor = exp2_of(splat((before - highest) * scale))[0];
     st->highest[i] = highest;
     st->total[i] = st->total[i] * factor + sum_of(sum);
     return factor;

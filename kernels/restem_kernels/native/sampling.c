@@ -32,18 +32,25 @@ static float kth_largest(float *x, int n, int k)
     return x[target];
 }
 
+/* LANES logits from i on of n, -inf beyond. */
+INLINE vec logits_at(const number *x, int i, int n)
+{
+    vec v = load(x + i, n - i);
+    if (__builtin_expect(n - i < LANES, 0))
+        for (int j = n - i; j < LANES; j++)
+            v[j] = -INFINITY;
+    return v;
+}
+
 /* The logarithm of the sum of exponentials; the sums of spans are added in double. */
 static float log_sum_exp(const number *x, int n, float highest)
 {
     double total = 0.0;
     for (int first = 0; first < n; first += SPAN) {
         vec sum = {0};
-        for (int i = first; i < n && i < first + SPAN; i += LANES) {
-            vec e = exp_of(load(x + i, n - i) - highest);
-            for (int j = n - i; j < LANES; j++)
-                e[j] = 0.0f;
-            sum += e;
-        }
+        int last = n - first < SPAN ? n : first + SPAN;
+        for (int i = first; i < last; i += LANES)
+            sum += exp2_of((logits_at(x, i, n) - highest) * 1.44269504f);
         total += sum_of(sum);
     }
     return highest + (float)log(total);
@@ -68,12 +75,8 @@ void top_logits(
         int token[FOUND], n = 0, kept = 0;
         for (int g = 0; g < groups; g++) {
             vec top = splat(-INFINITY);
-            for (int i = g * GROUP; i < V && i < (g + 1) * GROUP; i += LANES) {
-                vec v = load(x + i, V - i);
-                for (int j = V - i; j < LANES; j++)
-                    v[j] = -INFINITY;
-                top = larger(top, v);
-            }
+            for (int i = g * GROUP; i < V && i < (g + 1) * GROUP; i += LANES)
+                top = larger(top, logits_at(x, i, V));
             copy[g] = maxima[g] = max_of(top);
             highest = maxima[g] > highest ? maxima[g] : highest;
         }
