@@ -13,6 +13,7 @@
 #include "attention.h"
 
 enum { CHUNK = 128 };                 /* keys */
+enum { FETCHED = 8 };                 /* blocks of a row that are brought near */
 enum { SPAN = 32 };                   /* words added up at a time */
 enum { WIDE = 2 * LANES };            /* keys or values side by side in one step of a product */
 enum { FIRST_MEMBER, NUM_MEMBERS, TABLE, START, FIRST_KEY, LAST_KEY, PIECE, COLUMNS };
@@ -266,9 +267,33 @@ static float weigh(
     return factor;
 }
 
+/* Rows whose own keys and values are still to be brought near, before they are needed. */
+struct ahead {
+    const struct work *w;
+    const int32_t *rows;
+    int count;
+};
+
+static void fetch(struct ahead *a, const struct cache *c, int head)
+{
+    if (a->count == 0 || !a->w->attend_own)
+        return;
+    int row = a->rows[--a->count], S = c->block_size;
+    const int32_t *table = a->w->tables + (int64_t)a->w->own_tables[row] * a->w->table_width;
+    int blocks = (a->w->positions[row] - a->w->own_starts[row]) / S + 1, size = S * c->head_size;
+    for (int b = 0; b < blocks && b < FETCHED; b++) {
+        int64_t place = ((int64_t)table[b] * c->num_key_heads + head) * size;
+        for (int i = 0; i < size; i += 64 / (int)sizeof(number)) {
+            __builtin_prefetch(c->keys + place + i, 0, 2);
+            __builtin_prefetch(c->values + place + i, 0, 2);
+        }
+    }
+}
+
 /* Lets M queries attend to keys first .. last-1 of a table whose first key is at a position. */
 static void attend(
-    const struct cache *c, const struct settings *set, int head, int M, const struct state *st, const int32_t *table, int start, int from, int to)
+    const struct cache *c, const struct settings *set, int head, int M, const struct state *st, struct ahead *next,
+    const int32_t *table, int start, int from, int to)
 {
     int S = c->block_size, D = c->head_size, oldest = st->positions[0], newest = oldest;
     static const number zeros[1024];
@@ -285,6 +310,7 @@ static void attend(
         int low = greater(0, oldest - set->window + 1 - start - base);
         if (low >= high)
             continue;
+        fetch(next, c, head);
         int first = low / WIDE * WIDE, last = (high + WIDE - 1) / WIDE * WIDE, run;
         for (int k = first; k < high; k += run) {
             int slot = (base + k) % S;
@@ -345,12 +371,13 @@ static void attend_rows(
         total[i] = 0.0f;
     }
     struct state all = {steps, padded, packed, positions, highest, total, mixed};
+    struct ahead next = {w, rows, count};
     const int32_t *chain = w->chains + rows[0] * w->num_pieces;
     for (int piece = 0; piece < w->num_pieces; piece++)
         if (chain[piece] >= 0) {
             const int32_t *t = w->tiles + chain[piece] * COLUMNS;
             const int32_t *table = w->tables + (int64_t)t[TABLE] * w->table_width;
-            attend(c, set, head, M, &all, table, t[START], t[FIRST_KEY], t[LAST_KEY]);
+            attend(c, set, head, M, &all, &next, table, t[START], t[FIRST_KEY], t[LAST_KEY]);
         }
     for (int r = 0; r < count && w->attend_own; r++) {
         const int32_t *table = w->tables + (int64_t)w->own_tables[rows[r]] * w->table_width;
@@ -358,7 +385,7 @@ static void attend_rows(
         struct state own = {steps, padded, packed + i * steps, positions + i, highest + i,
             total + i, mixed + i * padded};
         if (table[0] != 0) /* the dump block: a row that is not in use */
-            attend(c, set, head, width, &own, table, start, 0, positions[i] + 1 - start);
+            attend(c, set, head, width, &own, &next, table, start, 0, positions[i] + 1 - start);
     }
     for (int i = 0; i < M; i++) {
         number *to = out + ((int64_t)rows[i / width] * num_heads + first + i % width) * D;
