@@ -78,14 +78,14 @@ class Pass:
     rotation: tuple[Tensor, Tensor] | None = None
 
 
-def prepare(work: Work, cache_shape: torch.Size) -> Pass:
+def prepare(work: Work, key_cache: Tensor) -> Pass:
     """Returns a work list ready for the layers of one forward pass.
 
     Args:
         work: its lists are read here, so they must not change before the pass is over.
-        cache_shape: (blocks, K, S, D) of a layer's cache.
+        key_cache: [n, K, S, D] of any layer.
     """
-    _, num_heads, size, _ = cache_shape
+    _, num_heads, size, _ = key_cache.shape
     positions, tables = work.positions.numpy(), work.tables.numpy()
     own_tables, own_starts = work.own_tables.numpy(), work.own_starts.numpy()
     index = positions - own_starts

@@ -12,7 +12,7 @@ from torch import Tensor
 from restem_kernels import reference
 
 # Candidates beyond the k-th, for logits that tie with it; in bfloat16 many rows have some.
-_SPARE = 64
+SPARE = 64
 _ROWS = 32  # of the log-softmax over the vocabulary, at a time
 
 
@@ -32,11 +32,11 @@ def sample_tokens(
     num_tokens = logits.shape[-1]
     if temperature == 0.0:
         return reference.sample_tokens(logits, key, completion_index, position, **settings)
-    if not 0 < top_k < num_tokens - _SPARE:
+    if not 0 < top_k < num_tokens - SPARE:
         scores = reference.process_logits(logits, **settings)
         noise = _noise_of_all(key, completion_index, position, num_tokens)
         return _draw(logits, scores, noise, None)
-    values, token_ids = logits.topk(top_k + _SPARE, dim=-1)
+    values, token_ids = logits.topk(top_k + SPARE, dim=-1)
     scores = reference.process_logits(values, **settings)
     noise = reference.gumbel_noise(key, completion_index, position, token_ids)
     drawn = _draw(logits, scores, noise, token_ids)

@@ -1,6 +1,6 @@
 """All operations of the sampler as Triton kernels; each is defined in `reference`."""
 
-import torch
+from torch import Tensor
 
 from restem_kernels.activation import gated_silu
 from restem_kernels.attention import block_attention, tile_rows
@@ -21,6 +21,6 @@ __all__ = [
 ]
 
 
-def prepare(work: Work, cache_shape: torch.Size) -> Work:
+def prepare(work: Work, key_cache: Tensor) -> Work:
     """Returns the work list itself: kernels read it on the device."""
     return work

@@ -22,12 +22,12 @@ class AttentionState:
         """Makes the work ready for the layers.
 
         Args:
-            ops: `restem_kernels.cpu` or `restem_kernels.gpu`.
+            ops: `restem_kernels.cpu`, `cpu_compiled` or `gpu`.
             work: of this pass.
             cache: keys and values.
         """
         self.ops, self.cache = ops, cache
-        self.ready = ops.prepare(work, cache.keys[0].shape)
+        self.ready = ops.prepare(work, cache.keys[0])
         self.num_calls = 0  # attention layers passed so far: has the module really used this one?
 
 

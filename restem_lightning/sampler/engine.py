@@ -1,17 +1,19 @@
 """Sampler: prompts in, completions out, with everything that makes it fast behind one method."""
 
 import importlib.util
+import logging
 import os
 import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 
 import torch
+from restem_kernels import c_library, cpu, cpu_compiled
 from torch import Tensor, nn
 
 from restem_lightning.errors import UserError
@@ -24,6 +26,8 @@ from restem_lightning.sampler.runner import StepGraphs, make_cache, make_model
 from restem_lightning.sampler.scheduler import Limits, Scheduler
 from restem_lightning.sampler.stop import StopStrings
 from restem_lightning.sampler.weights import checksum, load_module, update_weights
+
+logger = logging.getLogger(__name__)
 
 ROW_STEP = 8  # row counts of forward passes are multiples of this
 CPU_BATCH, CUDA_BATCH = 128, 512  # beyond about 512, products are bound by arithmetic
@@ -40,8 +44,9 @@ class EngineParams:
     Args:
         device: cpu, cuda, cuda:0 and so on, or auto for cuda where there is one.
         dtype: float32, bfloat16, or auto for float32 on cpu and bfloat16 on cuda.
-        kernels: torch (on cpu), triton (on cuda; on cpu for tests with TRITON_INTERPRET=1, which
-            takes thousands of times longer), or auto.
+        kernels: c (on cpu; a C compiler, found as CC or gcc, makes them when first used), torch (on
+            cpu), triton (on cuda; on cpu for tests with TRITON_INTERPRET=1, which takes thousands
+            of times longer), or auto: c on cpu where there is a compiler, else torch.
         max_batch_size: completions decoded together; 0 for 128 on cpu and 512 on cuda.
         prefill_tokens: tokens of prompts in one forward pass; 0 for 512 on cpu and 4096 on cuda.
         block_size: tokens in a block of the KV cache.
@@ -72,7 +77,7 @@ class EngineParams:
         """
         allowed = {
             "dtype": ("auto", "float32", "bfloat16"),
-            "kernels": ("auto", "torch", "triton"),
+            "kernels": ("auto", "c", "torch", "triton"),
             "batch_invariant": ("auto", "on", "off"),
         }
         for name, values in allowed.items():
@@ -98,16 +103,17 @@ class EngineParams:
 
     def _check_kernels(self) -> None:
         on_cpu = self.resolve_device().type == "cpu"
-        if self.kernels == "torch" and not on_cpu:
+        if self.kernels in ("c", "torch") and not on_cpu:
             raise UserError(
-                "engine.kernels (torch) is for engine.device cpu; set it to triton or auto"
+                f"engine.kernels ({self.kernels}) is for engine.device cpu; set it to triton or "
+                "auto"
             )
         if self.kernels == "triton" and on_cpu and os.environ.get("TRITON_INTERPRET") != "1":
             raise UserError(
                 "engine.kernels (triton) needs a GPU; set it to auto (or, to test the kernels "
                 "without one, set the environment variable TRITON_INTERPRET=1)"
             )
-        if self.resolve_kernels() == "triton":
+        if self.kernels == "triton" or not on_cpu:
             if importlib.util.find_spec("triton") is None:
                 raise UserError("sampling on a GPU needs triton: pip install 'triton>=3.6'")
             if self.block_size < 8 or self.block_size & (self.block_size - 1):
@@ -129,10 +135,12 @@ class EngineParams:
         return torch.float32 if self.resolve_device().type == "cpu" else torch.bfloat16
 
     def resolve_kernels(self) -> str:
-        """Returns what `kernels` means here: torch or triton."""
+        """Returns what `kernels` means here: c, torch or triton."""
         if self.kernels != "auto":
             return self.kernels
-        return "torch" if self.resolve_device().type == "cpu" else "triton"
+        if self.resolve_device().type != "cpu":
+            return "triton"
+        return "torch" if _reason_against_c(self.resolve_dtype()) else "c"
 
     def resolve_batch_invariant(self) -> bool:
         """Returns what `batch_invariant` means here."""
@@ -141,14 +149,28 @@ class EngineParams:
         return self.resolve_device().type == "cpu"
 
 
-def _load_ops(kernels: str) -> ModuleType:
+@cache
+def _reason_against_c(dtype: torch.dtype) -> str | None:
+    """Returns why the C functions cannot be had here, None if they can; says so once."""
+    try:
+        cpu_compiled.library(dtype)
+    except c_library.NoCompiler as error:
+        logger.warning("sampling in torch alone, about half as fast as could be: %s", error)
+        return str(error)
+    return None
+
+
+def _load_ops(engine: EngineParams) -> ModuleType:
     """Returns the module of operations; triton is only imported where it is used."""
+    kernels = engine.resolve_kernels()
     if kernels == "triton":
         from restem_kernels import gpu
 
         return gpu
-    from restem_kernels import cpu
-
+    if kernels == "c":
+        if reason := _reason_against_c(engine.resolve_dtype()):
+            raise UserError(f"engine.kernels is c, but {reason}; or set it to auto or torch")
+        return cpu_compiled
     return cpu
 
 
@@ -189,7 +211,7 @@ class Sampler:
         """
         self.engine = engine = engine or EngineParams()
         self.dtype, self.device = engine.resolve_dtype(), engine.resolve_device()
-        self.ops = _load_ops(engine.resolve_kernels())
+        self.ops = _load_ops(engine)
         on_cpu = self.device.type == "cpu"
         if not on_cpu and self.device.index is not None:
             torch.cuda.set_device(self.device)

@@ -104,7 +104,7 @@ class FusedModel:
 
         Args:
             module: in eval mode; its weights are used in place.
-            ops: `restem_kernels.cpu` or `restem_kernels.gpu`.
+            ops: `restem_kernels.cpu`, `cpu_compiled` or `gpu`.
             cache: keys and values.
             num_positions: positions that can occur.
         """
@@ -134,7 +134,7 @@ class FusedModel:
             work: of the T rows.
             logit_rows: [R] int64, None for all rows.
         """
-        ops, ready = self.ops, self.ops.prepare(work, self.cache.keys[0].shape)
+        ops, ready = self.ops, self.ops.prepare(work, self.cache.keys[0])
         hidden, total = self.embedding(token_ids), None
         caches = zip(self.cache.keys, self.cache.values, strict=True)
         for layer, cache in zip(self.layers, caches, strict=True):

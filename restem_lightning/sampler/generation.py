@@ -29,7 +29,7 @@ class Machinery:
     """What a sampler keeps from one run to the next.
 
     Args:
-        ops: `restem_kernels.cpu` or `restem_kernels.gpu`.
+        ops: `restem_kernels.cpu`, `cpu_compiled` or `gpu`.
         model: computes logits.
         cache: keys and values.
         lanes: device state of the running sequences.

@@ -24,7 +24,7 @@ class PlainModel:
 
         Args:
             module: a causal language model with our attention, in eval mode.
-            ops: `restem_kernels.cpu` or `restem_kernels.gpu`.
+            ops: `restem_kernels.cpu`, `cpu_compiled` or `gpu`.
             cache: keys and values.
         """
         self.module, self.ops, self.cache = module, ops, cache

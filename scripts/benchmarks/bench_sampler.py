@@ -49,6 +49,8 @@ class Ours:
             max_batch_size=arguments.batch,
             batch_invariant=arguments.batch_invariant,
             cache_tokens=arguments.cache_tokens,
+            kernels=arguments.kernels,
+            threads=arguments.threads,
         )
         self.sampler = Sampler(folder, self.engine)
         self.startup_s = time.perf_counter() - start
@@ -258,6 +260,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--cache-tokens", type=int, default=0, help="0: the engine's default")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--kernels", default="auto", choices=["auto", "c", "torch", "triton"])
     parser.add_argument("--batch-invariant", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -68,7 +68,7 @@ def test_block_attention_is_that_of_the_reference(dtype, settings, group):
     generator = torch.Generator().manual_seed(1)
     caches = [torch.randn(210, K, S, D, generator=generator).to(dtype) for _ in range(2)]
     queries = 2 * torch.randn(T, K * group, D, generator=generator).to(dtype)
-    ready = cpu.prepare(work, caches[0].shape)
+    ready = cpu.prepare(work, caches[0])
     got = cpu.block_attention(queries, *caches, ready, scaling=0.3, **settings)
     exact = reference.block_attention(queries, *caches, work, scaling=0.3, **settings)
     assert not got[-1].any()  # the unused row
@@ -91,7 +91,7 @@ def test_rotate_and_write_is_that_of_the_reference(norms, dtype):
         weights = {name: torch.rand(D, generator=generator).to(dtype) for name in names}
         weights["eps"] = 1e-6
     results = []
-    for ops, ready in ((reference, work), (cpu, cpu.prepare(work, (210, K, S, D)))):
+    for ops, ready in ((reference, work), (cpu, cpu.prepare(work, torch.empty(210, K, S, D)))):
         caches = [torch.zeros(210, K, S, D, dtype=dtype) for _ in range(2)]
         queries = ops.rotate_and_write(qkv, *tables, *caches, ready, **weights)
         results.append([queries, *caches])

@@ -1,0 +1,23 @@
+/* The work list and the cache, as attention.c explains them. */
+#ifndef ATTENTION_H
+#define ATTENTION_H
+
+#include "vectors.h"
+
+struct work { /* see work.py; int32 tensors */
+    const int32_t *tiles, *members, *tables, *positions, *own_tables, *own_starts;
+    int32_t num_tiles, table_width, num_rows, attend_own, num_pieces;
+    int32_t *chains; /* [T, num_pieces], the row's tiles by piece, -1 for none */
+    int32_t *order;  /* [T], rows of the same tiles one after the other */
+};
+
+struct cache { /* of one layer: [n, K, S, D] */
+    number *keys, *values;
+    int32_t num_key_heads, block_size, head_size;
+};
+
+/* Writes one key and one value of all heads of a row; both [K, D], all numbers side by side. */
+void write_row(
+    const struct work *w, const struct cache *c, int row, const number *key, const number *value);
+
+#endif
