@@ -16,6 +16,7 @@ VERBS = {
     "sample": "draw and verify completions of a policy (the E-step alone), or draw one again",
     "verify": "judge given completions",
     "evaluate": "measure a policy: greedy pass@1, pass@k, maj@k",
+    "compare": "run arms over seeds: one table with intervals and paired tests; resumable",
     "report": "write the HTML report of runs, or print their metrics as JSON",
 }
 
@@ -81,6 +82,10 @@ def _command(verb: str) -> Callable[[list[str]], None]:
         from restem_lightning.fit import fit
 
         return fit
+    if verb == "compare":
+        from restem_lightning.compare import compare
+
+        return compare
     from restem_lightning import commands
 
     return getattr(commands, verb)

@@ -44,6 +44,7 @@ FREE_ON_RESUME = (
     "verification",
     "engine.cache_tokens",
     "e_step.parity_completions",
+    "e_step.pool_cache",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",

@@ -17,6 +17,7 @@ from restem_lightning.errors import UserError
 from restem_lightning.loop.e_step import EStepParams, fill_store
 from restem_lightning.loop.evaluate import EvaluationParams, draw_evaluation, measure, total_reward
 from restem_lightning.loop.parity import measure_parity, parity_warning
+from restem_lightning.loop.pool_cache import is_shared
 from restem_lightning.loop.progress import Stopwatch
 from restem_lightning.loop.quota import count_skipped
 from restem_lightning.loop.ranks import barrier, is_rank_zero, rank_and_count
@@ -379,7 +380,7 @@ def _e_step_metrics(paths: IterationDir) -> dict[str, Any]:
         num_tokens += len(batch["completion_ids"].flatten())
         reasons.update(batch["finish_reason"].to_pylist())
     seconds = read_json(paths.path / "seconds.json").get("e_step", 0.0)
-    parity = paths.path / "parity.json"
+    parity, shared = paths.path / "parity.json", is_shared(store)
     return {
         "num_problems": funnel["num_problems"],
         "num_completions": funnel["completions"],
@@ -390,7 +391,8 @@ def _e_step_metrics(paths: IterationDir) -> dict[str, Any]:
         "num_accepted": funnel["accepted"],
         "num_tokens": num_tokens,
         "seconds": seconds,
-        "tokens_per_s": round(num_tokens / seconds, 1) if seconds else None,
+        "tokens_per_s": round(num_tokens / seconds, 1) if seconds and not shared else None,
+        "shared": shared,
         "verdicts": funnel["verdicts"],
         "finish_reasons": dict(sorted(reasons.items())),
         "parity": read_json(parity) if parity.exists() else None,
