@@ -15,6 +15,7 @@ from restem_lightning.compare.table import (
     FOOTNOTE,
     Outcome,
     cells_of,
+    check_problems,
     compare_outcomes,
     read_outcome,
     text_table,
@@ -130,11 +131,15 @@ def _outcomes(
 ) -> dict[str, dict[int, Outcome]]:
     """Returns the outcomes of what succeeded, the base model first; adds what cannot be read."""
     outcomes: dict[str, dict[int, Outcome]] = {BASE: {}, **{name: {} for name in made.arms}}
+    first: Outcome | None = None
     for run in runs:
         if run in failed:
             continue
         try:
-            outcomes[run.arm][run.seed] = read_outcome(run.folder, made.evaluation_set)
+            outcome = read_outcome(run.folder, made.evaluation_set)
+            first = first or outcome
+            check_problems(outcome, first)
+            outcomes[run.arm][run.seed] = outcome
             if run.arm == made.control:
                 base = read_outcome(run.folder, made.evaluation_set, iteration=0)
                 outcomes[BASE][run.seed] = base

@@ -78,19 +78,29 @@ def read_outcome(folder: Path, evaluation_set: str, *, iteration: int | None = N
     )
 
 
+def check_problems(outcome: Outcome, first: Outcome) -> None:
+    """Does nothing if two policies were measured on the same problems.
+
+    Raises:
+        UserError: they were not, so they cannot be paired.
+    """
+    mine, others = (set(one.greedy or one.sampled) for one in (outcome, first))
+    if mine != others:
+        raise UserError(
+            f"it was measured on {len(mine)} problems, the first run on {len(others)}, "
+            f"{len(mine & others)} of them the same; give all arms the same evaluation set"
+        )
+
+
 def compare_outcomes(
     outcomes: dict[str, dict[int, Outcome]], control: str
 ) -> dict[str, dict[str, Any]]:
     """Returns the row of each arm: means with intervals, and the tests against the control.
 
     Args:
-        outcomes: arm -> seed -> outcome; every outcome on the same problems.
+        outcomes: arm -> seed -> outcome; all on the same problems, see `check_problems`.
         control: the arm that the others are tested against.
-
-    Raises:
-        UserError: two runs were measured on different problems.
     """
-    _check_problems(outcomes)
     return {
         arm: _row(by_seed, outcomes.get(control, {}) if arm != control else {})
         for arm, by_seed in outcomes.items()
@@ -164,20 +174,6 @@ def _budget(run: RunDir, last: int) -> dict[str, int]:
         "accepted": sum(one.get("num_accepted") or 0 for one in e_steps),
         "optimizer_steps": sum(one.get("optimizer_steps") or 0 for one in m_steps),
     }
-
-
-def _check_problems(outcomes: dict[str, dict[int, Outcome]]) -> None:
-    first: tuple[str, set[str]] | None = None
-    for arm, by_seed in outcomes.items():
-        for seed, outcome in by_seed.items():
-            problems, name = set(outcome.greedy or outcome.sampled), f"{arm}, seed {seed}"
-            first = first or (name, problems)
-            if problems != first[1]:
-                raise UserError(
-                    f"{name} was measured on {len(problems)} problems, {first[0]} on "
-                    f"{len(first[1])}, {len(problems & first[1])} of them the same; give all arms "
-                    "the same evaluation set"
-                )
 
 
 def _row(by_seed: dict[int, Outcome], control: dict[int, Outcome]) -> dict[str, Any]:
