@@ -14,20 +14,27 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from transformers import AutoTokenizer
 
 from restem_lightning.completions import CompletionStore
 from restem_lightning.errors import UserError
-from restem_lightning.loop.callback import Loop, ReSTEMCallback
+from restem_lightning.loop.balance import BalanceParams
+from restem_lightning.loop.callback import ReSTEMCallback
+from restem_lightning.loop.draw import DrawParams
 from restem_lightning.loop.e_step import EStepParams, prepare_problems
 from restem_lightning.loop.evaluate import EvaluationParams
+from restem_lightning.loop.mixing import MixParams
 from restem_lightning.loop.quota import check_quota
+from restem_lightning.loop.shared import Loop
 from restem_lightning.loop.tracking import Tracker, TrackingParams
 from restem_lightning.m_step.datamodule import AcceptedDataModule
 from restem_lightning.m_step.module import PolicyModule
 from restem_lightning.m_step.stopping import resume_checkpoint, stop_callbacks
+from restem_lightning.per_iteration import value_at, values_by_setting
 from restem_lightning.problems import Problem, ProblemSource, check_splits
+from restem_lightning.prompts import PromptTemplate
 from restem_lightning.report.html import iteration_table, write_report
-from restem_lightning.run_dir import RunDir, open_run
+from restem_lightning.run_dir import RunDir, open_run, read_json
 from restem_lightning.selection import SelectionParams
 from restem_lightning.settings import (
     add_policy_settings,
@@ -64,10 +71,13 @@ class StopParams:
         rule: first_drop stops when the reward on D_val no longer rises (the paper) and best runs to
             the end, both keep the best weights; none runs to the end and keeps the last.
         patience: with first_drop, the looks in a row without a rise that end the M-step.
+        at_plateau: end the run after an iteration whose policy has no higher reward on D_val than
+            the one before; `iterations` is then the most.
     """
 
     rule: str = "first_drop"
     patience: int = 1
+    at_plateau: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +113,14 @@ class ReSTEMCLI(LightningCLI):
             help="Weights that each M-step starts from: base (the paper), previous, or a folder.",
         )
         parser.add_argument(
+            "--per_iteration",
+            type=dict[str, Any],
+            default={},
+            help="Values of a setting in iterations 1, 2, ..., the last one holds on: {selection: "
+            "{threshold: [0.0, 0.7, 0.8]}}; or growth: {trainer: {max_steps: {first: 40, times: "
+            "1.2}}}, {first: 300, plus: 20}. A later config replaces all of it.",
+        )
+        parser.add_argument(
             "--problems.train", type=ProblemSource, required=True, help="Problems of the E-step."
         )
         parser.add_argument(
@@ -118,7 +136,18 @@ class ReSTEMCLI(LightningCLI):
             help="Evaluation sets by name; each iteration is measured on all of them.",
         )
         add_policy_settings(parser)
+        parser.add_argument(
+            "--hint",
+            type=PromptTemplate | None,
+            default=None,
+            help="Prompt of a second pass over the problems of which nothing acceptable was drawn, "
+            "such as one that holds {reference_answer}; the M-step sees the usual prompt. Null for "
+            "no such pass.",
+        )
+        parser.add_class_arguments(DrawParams, "draw")
+        parser.add_class_arguments(BalanceParams, "balance")
         parser.add_class_arguments(SelectionParams, "selection")
+        parser.add_class_arguments(MixParams, "mix")
         parser.add_class_arguments(EStepParams, "e_step")
         parser.add_class_arguments(StopParams, "stop")
         parser.add_class_arguments(ValidationParams, "validation")
@@ -137,9 +166,32 @@ class ReSTEMCLI(LightningCLI):
         del settings["run_dir"]
         return settings
 
-    def build(self) -> Any:
-        """Returns every configured object, made anew."""
-        return self.parser.instantiate_classes(self.config)
+    def build(self, iteration: int, *, start: str | None = None) -> Any:
+        """Returns every configured object of an iteration, made anew.
+
+        Args:
+            iteration: 1-based.
+            start: folder of the weights that the M-step starts from, if it is known yet.
+        """
+        config = self.config_of(iteration)
+        if start is not None:  # not before: parsing links `policy` to it
+            config.model.policy = start
+        return self.parser.instantiate_classes(config)
+
+    def config_of(self, iteration: int) -> Any:
+        """Returns the configuration with the values that `per_iteration` has for an iteration.
+
+        Raises:
+            jsonargparse.ArgumentError: a value does not fit its setting.
+        """
+        by_setting = values_by_setting(self.config.per_iteration, self.config)
+        if not by_setting:
+            return self.config
+        words = []
+        for key, values in by_setting.items():
+            value = value_at(values, iteration)
+            words.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
+        return self.parser.parse_args(words, namespace=self.config.clone())
 
     def make_trainer(self, made: Any, **changes: Any) -> Trainer:
         """Returns a new Trainer with the loop's callbacks behind the configured ones."""
@@ -255,42 +307,60 @@ def _saved(run: RunDir) -> str:
 
 def _run(cli: ReSTEMCLI, run: RunDir, stop: _Stop) -> None:
     config = cli.config
-    made = cli.build()
-    _check_settings(config, made, run)
+    made = cli.build(1)
+    for iteration in _iterations_that_differ(config):
+        _check_settings(cli.config_of(iteration), cli.build(iteration), run, iteration)
     base = resolve_policy(config.policy)
-    if config.start_from not in ("base", "previous"):
-        resolve_policy(config.start_from)
+    for iteration in _iterations_that_differ(config):
+        _check_policies(cli.config_of(iteration), base)
     settings = cli.settings()
     with open_verifiers(config.verifier, made.verification) as verifiers:
         problems = _load_problems(made, verifiers)
         if rank_zero_only.rank == 0:  # last: a mistake must not bind the folder to its settings
             open_run(run.path, settings, free=FREE_ON_RESUME)
         with Tracker(made.tracking, run, settings) as tracker:
-            loop = _make_loop(
-                made, problems, run=run, base=base, seed=settings["seed"], verifiers=verifiers,
-                tracker=tracker, stop=stop,
-            )  # fmt: skip
             for iteration in range(run.resume_iteration(), config.iterations + 1):
+                loop = _make_loop(
+                    cli.build(iteration), problems, run=run, base=base, seed=settings["seed"],
+                    verifiers=verifiers, tracker=tracker, stop=stop,
+                )  # fmt: skip
+                if config.stop.at_plateau and _is_plateau(run):
+                    break
                 _fit_iteration(cli, loop, iteration)
     if rank_zero_only.rank == 0:
         write_report([run.path], run.report)
-        last = run.iteration(config.iterations)
+        last = run.iteration(run.finished_iterations()[-1])
         print(f"\n{iteration_table(run.path)}\n\nreport  {run.report}\npolicy  {last.policy}")
 
 
-def _check_settings(config: Any, made: Any, run: RunDir) -> None:
+def _iterations_that_differ(config: Any) -> range:
+    """Returns the iterations up to the last one that `per_iteration` has a value of its own for.
+
+    Raises:
+        UserError: the number of iterations or `per_iteration` is not allowed.
+    """
+    if config.iterations < 1:
+        raise UserError(f"iterations ({config.iterations}) must be at least 1")
+    by_setting = values_by_setting(config.per_iteration, config)
+    lengths = [len(values) for values in by_setting.values()]
+    return range(1, min(config.iterations, max([1, *lengths])) + 1)
+
+
+def _check_settings(config: Any, made: Any, run: RunDir, iteration: int) -> None:
     """Checks what no single setting can check by itself.
 
     Raises:
         UserError: settings do not fit together.
     """
-    if config.iterations < 1:
-        raise UserError(f"iterations ({config.iterations}) must be at least 1")
+    if made.draw.reuse_pool and iteration == 1:
+        raise UserError("draw.reuse_pool (true) must be false in iteration 1: there is no pool yet")
+    if made.draw.num_problems == 0 and made.mix.human == "none":
+        raise UserError("draw.num_problems (0) leaves nothing to train on; set mix.human")
     for name in OWN_TRAINER_SETTINGS:
         if value := config.trainer[name]:
             raise UserError(f"trainer.{name} ({value}) is set by the loop; remove it")
-    n, most = made.sampling.n, made.selection.max_per_problem
-    if most is not None and most > n:
+    n, most = made.sampling.n * len(made.draw.names()), made.selection.max_per_problem
+    if most is not None and most > n and made.draw.num_problems != 0:
         raise UserError(
             f"selection.max_per_problem ({most}) must be at most sampling.n ({n}); lower it or "
             "draw more"
@@ -298,13 +368,39 @@ def _check_settings(config: Any, made: Any, run: RunDir) -> None:
     if made.e_step.stop_at_quota:
         check_quota(made.selection)
     stop_callbacks(made.stop.rule, patience=made.stop.patience, folder=run.path)  # checks both
-    if made.problems.validation is None and made.stop.rule != "none":
+    if made.problems.validation is None and (made.stop.rule != "none" or made.stop.at_plateau):
         raise UserError(
-            f"stop.rule ({made.stop.rule}) needs problems.validation; give it, or set stop.rule "
-            "to none"
+            f"stop.rule ({made.stop.rule}) and stop.at_plateau ({made.stop.at_plateau}) need "
+            "problems.validation; give it, or set them to none and false"
         )
     if taken := {"train", "validation"} & set(made.problems.held_out):
         raise UserError(f"problems.held_out must not name a set {taken.pop()}; rename it")
+
+
+def _check_policies(config: Any, base: str) -> None:
+    """Checks the policies that an iteration starts from and draws from.
+
+    Raises:
+        UserError: one is no whole policy, or draws other token ids than the base model's.
+    """
+    if config.start_from not in ("base", "previous"):
+        resolve_policy(config.start_from)
+    vocabulary = AutoTokenizer.from_pretrained(base).get_vocab()
+    for name in DrawParams(**config.draw.as_dict()).names():
+        if name not in ("base", "previous"):
+            folder = resolve_policy(name)
+            if AutoTokenizer.from_pretrained(folder).get_vocab() != vocabulary:
+                raise UserError(
+                    f"draw.policies ({name}) must have the tokenizer of the policy ({base}): the "
+                    "M-step trains on the token ids that were drawn; choose another one"
+                )
+
+
+def _is_plateau(run: RunDir) -> bool:
+    """Returns whether the last finished iteration's reward on D_val is no higher than before."""
+    last = run.finished_iterations()[-2:]
+    rewards = [read_json(run.iteration(number).metrics)["m_step"]["val_reward"] for number in last]
+    return len(rewards) == 2 and rewards[1] <= rewards[0]
 
 
 def _load_problems(made: Any, verifiers: VerifierPool) -> dict[str, list[Problem]]:
@@ -344,8 +440,12 @@ def _make_loop(
         sampling=made.sampling,
         validation_sampling=replace(made.sampling, **asdict(made.validation), min_p=0.0),
         engine=made.engine,
+        draw=made.draw,
+        hint=made.hint,
+        balance=made.balance,
         e_step=made.e_step,
         selection=made.selection,
+        mix=made.mix,
         evaluation=made.evaluation,
         tracker=tracker,
         check_stop=stop.check,
@@ -356,14 +456,16 @@ def _fit_iteration(cli: ReSTEMCLI, loop: Loop, iteration: int) -> None:
     """One E-step and one M-step, in new objects throughout."""
     paths = loop.run.iteration(iteration)
     previous = loop.base if iteration == 1 else str(loop.run.iteration(iteration - 1).policy)
-    start = {"base": loop.base, "previous": previous}.get(
-        cli.config.start_from, cli.config.start_from
-    )
-    cli.config.model.policy = resolve_policy(start)
-    made = cli.build()
+    known = {"base": loop.base, "previous": previous}
+    start_from = cli.config_of(iteration).start_from
+    start = resolve_policy(known.get(start_from, start_from))
+    made = cli.build(iteration, start=start)
     stop = stop_callbacks(made.stop.rule, patience=made.stop.patience, folder=paths.m_step)
     callback = ReSTEMCallback(
-        loop, iteration, sampler_policy=previous, trained_from=cli.config.model.policy
+        loop,
+        iteration,
+        policies=[resolve_policy(known.get(name, name)) for name in loop.draw.names()],
+        trained_from=start,
     )
     trainer = cli.make_trainer(
         made,

@@ -74,7 +74,7 @@ def add_policy_settings(parser: ArgumentParser) -> None:
         type=PromptTemplate,
         default={
             "class_path": "restem_lightning.prompts.FewShotPrompt",
-            "init_args": {"question_format": "Q: {question}\nA:\n"},
+            "init_args": {"question_format": "Q: {question}\nA:\n", "answer_format": "{answer}"},
         },
         help="How a problem is put to the policy: a class with `render(problem, tokenizer)`.",
     )

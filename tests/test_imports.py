@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NOUNS = ("problems", "prompts", "completions", "selection", "metrics", "run_dir", "errors")
+NOUNS = (
+    "problems",
+    "prompts",
+    "completions",
+    "equations",
+    "selection",
+    "metrics",
+    "per_iteration",
+    "run_dir",
+    "errors",
+)
 SAMPLER = (
     "params",
     "sequence",

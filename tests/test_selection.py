@@ -11,13 +11,13 @@ from restem_lightning.completions import (
     VerdictKind,
     to_table,
 )
+from restem_lightning.equations import equations
 from restem_lightning.errors import UserError
 from restem_lightning.selection import (
     ACCEPTED_SCHEMA,
     SelectionParams,
     empty_reason,
     end_with_eos,
-    equations,
     read_accepted,
     select_completions,
     write_accepted,
@@ -27,7 +27,7 @@ KINDS = [VerdictKind.CORRECT, VerdictKind.WRONG, VerdictKind.NO_ANSWER]
 
 
 def completion(
-    problem_id="p", index=0, text="t", kind=VerdictKind.CORRECT, finish="eos"
+    problem_id="p", index=0, text="t", kind=VerdictKind.CORRECT, finish="eos", reward=None
 ) -> Completion:
     return Completion(
         iteration=1,
@@ -42,7 +42,7 @@ def completion(
         finish_reason=finish,
         policy_hash="abc",
         sampling="{}",
-        verdict=Verdict(kind=kind, elapsed_s=random.random()),
+        verdict=Verdict(kind=kind, reward=reward, elapsed_s=random.random()),
         verifier="math/1",
     )
 
@@ -71,8 +71,12 @@ def addresses(accepted: pa.Table) -> list[tuple[str, int]]:
     return list(zip(*columns, strict=True))
 
 
+def chosen_by(source, **arguments):
+    return select_completions(source, SelectionParams(**arguments))
+
+
 def kept(table: pa.Table, **arguments) -> list[int]:
-    return select_completions(table, **arguments).accepted["completion_index"].to_pylist()
+    return chosen_by(table, **arguments).accepted["completion_index"].to_pylist()
 
 
 def test_only_correct_and_complete_completions_are_accepted():
@@ -82,11 +86,29 @@ def test_only_correct_and_complete_completions_are_accepted():
     assert kept(to_table(completions)) == [0, 8]
 
 
+@pytest.mark.parametrize(
+    ("threshold", "expected"),
+    [("correct", [0, 1]), (0, [0, 1, 3]), (0.5, [0, 3]), (0.7, [0]), (-1, [0, 1, 2, 3, 5]),
+     ("none", [0, 1, 2, 3, 4, 5])],
+)  # fmt: skip
+def test_a_threshold_accepts_rewards_above_it_but_no_error(threshold, expected):
+    rewards = [
+        (VerdictKind.CORRECT, None), (VerdictKind.CORRECT, 0.25), (VerdictKind.CORRECT, 0.0),
+        (VerdictKind.WRONG, 0.7), (VerdictKind.NO_ANSWER, -1.0), (VerdictKind.TIMEOUT, None),
+        (VerdictKind.ERROR, 2.0),
+    ]  # fmt: skip
+    table = to_table(
+        [completion(index=i, kind=kind, reward=reward) for i, (kind, reward) in enumerate(rewards)]
+    )
+    assert kept(table, threshold=threshold) == expected
+
+
 def test_the_accepted_dataset_has_its_columns_and_the_sampled_tokens():
-    accepted = select_completions(to_table([completion(index=3, text="x")])).accepted
+    accepted = chosen_by(to_table([completion(index=3, text="x")])).accepted
     assert accepted.schema.equals(ACCEPTED_SCHEMA, check_metadata=True)
     assert accepted.to_pylist() == [
         {
+            "iteration": 1,
             "problem_id": "p",
             "completion_index": 3,
             "prompt_ids": [1, 2],
@@ -103,25 +125,25 @@ def test_the_accepted_dataset_has_its_columns_and_the_sampled_tokens():
 def test_the_result_does_not_depend_on_rows_or_parts(tmp_path, select, dedupe):
     arguments = {"max_per_problem": 2, "select": select, "dedupe": dedupe, "seed": 4}
     completions = pool()
-    expected = select_completions(to_table(completions), **arguments)
+    expected = chosen_by(to_table(completions), **arguments)
     shuffled = random.Random(1).sample(completions, len(completions))
-    assert select_completions(to_table(shuffled), **arguments) == expected
+    assert chosen_by(to_table(shuffled), **arguments) == expected
     store = CompletionStore(tmp_path)
     for index, numbers in enumerate([(7,), (0, 3, 11), (1, 2, 4, 5, 6, 8, 9, 10)]):
         names = {f"p{number}" for number in numbers}
         store.write_part(index, [one for one in shuffled if one.problem_id in names])
-    assert select_completions(store, **arguments) == expected
+    assert chosen_by(store, **arguments) == expected
 
 
 def test_order_is_by_problem_id_then_completion_index():
-    found = addresses(select_completions(to_table(pool()), select="random").accepted)
+    found = addresses(chosen_by(to_table(pool()), select="random").accepted)
     assert found == sorted(found)
     assert len(found) > 10
 
 
 def test_the_funnel_adds_up():
     completions = pool()
-    selection = select_completions(to_table(completions), max_per_problem=2, dedupe="exact")
+    selection = chosen_by(to_table(completions), max_per_problem=2, dedupe="exact")
     whole = [one for one in completions if one.finish_reason != "length"]
     correct = [one for one in whole if one.verdict.reward == 1.0]
     distinct = {(one.problem_id, one.text) for one in correct}
@@ -169,7 +191,7 @@ def test_dedupe_by_equations_ignores_words_but_not_other_steps():
 
 def test_dedupe_is_within_a_problem():
     table = to_table([completion("a", text="same"), completion("b", text="same")])
-    assert select_completions(table, dedupe="exact").accepted.num_rows == 2
+    assert chosen_by(table, dedupe="exact").accepted.num_rows == 2
 
 
 @pytest.mark.parametrize(
@@ -209,13 +231,13 @@ def test_no_limit_keeps_all():
 
 def test_random_depends_on_seed_and_problem_but_on_no_other_problem():
     table = to_table([completion(f"p{n}", i) for n in range(30) for i in range(8)])
-    found = addresses(select_completions(table, max_per_problem=2, select="random").accepted)
-    other = select_completions(table, max_per_problem=2, select="random", seed=1).accepted
+    found = addresses(chosen_by(table, max_per_problem=2, select="random").accepted)
+    other = chosen_by(table, max_per_problem=2, select="random", seed=1).accepted
     assert found != addresses(other)
     chosen = {tuple(i for pid, i in found if pid == f"p{n}") for n in range(30)}
     assert len(chosen) > 5
     alone = table.filter(pa.compute.equal(table["problem_id"], "p17"))
-    selection = select_completions(alone, max_per_problem=2, select="random")
+    selection = chosen_by(alone, max_per_problem=2, select="random")
     assert addresses(selection.accepted) == [one for one in found if one[0] == "p17"]
 
 
@@ -236,12 +258,12 @@ def test_diverse_starts_at_the_first_and_takes_the_farthest():
 def test_two_writes_of_one_selection_have_the_same_bytes(tmp_path):
     for name, seed in (("a", 1), ("b", 2)):
         shuffled = random.Random(seed).sample(pool(), 240)
-        write_accepted(tmp_path / name, select_completions(to_table(shuffled)).accepted)
+        write_accepted(tmp_path / name, chosen_by(to_table(shuffled)).accepted)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_the_accepted_dataset_survives_the_file(tmp_path):
-    accepted = select_completions(to_table(pool())).accepted
+    accepted = chosen_by(to_table(pool())).accepted
     write_accepted(tmp_path / "accepted.parquet", accepted)
     found = read_accepted(tmp_path / "accepted.parquet")
     assert found.equals(accepted)
@@ -260,13 +282,14 @@ def test_a_damaged_accepted_dataset_is_a_user_error(tmp_path):
 def test_a_completion_that_is_there_twice_is_refused():
     table = to_table([completion("q", 5), completion("q", 5)])
     with pytest.raises(UserError, match="'q'"):
-        select_completions(table)
+        chosen_by(table)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"max_per_problem": 0}, r"max_per_problem \(0\)"),
+        ({"threshold": "high"}, r"threshold \('high'\).*correct, none"),
         ({"select": "best"}, r"select \('best'\).*first, random, diverse"),
         ({"dedupe": "fuzzy"}, r"dedupe \('fuzzy'\).*equations"),
     ],
@@ -274,8 +297,6 @@ def test_a_completion_that_is_there_twice_is_refused():
 def test_values_that_are_not_allowed_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         SelectionParams(**arguments)
-    with pytest.raises(UserError, match=message):
-        select_completions(of_texts("a"), **arguments)
 
 
 @pytest.mark.parametrize(
@@ -294,14 +315,14 @@ def test_values_that_are_not_allowed_are_refused(arguments, message):
     ],
 )
 def test_the_reason_of_an_empty_dataset_names_the_stage_and_a_remedy(completions, message):
-    selection = select_completions(to_table(completions))
+    selection = chosen_by(to_table(completions))
     assert selection.accepted.num_rows == 0
     assert message in empty_reason(selection.funnel)
 
 
 def test_every_accepted_completion_ends_with_eos_and_logprobs_stay_as_drawn():
     table = to_table([completion(index=3, finish="stop"), completion(index=4, finish="eos")])
-    accepted = select_completions(table).accepted
+    accepted = chosen_by(table).accepted
     ended = end_with_eos(accepted, (7, 9))
     assert ended["completion_ids"].to_pylist() == [[3, 9], [4, 9]]
     ended = end_with_eos(accepted, (7,))

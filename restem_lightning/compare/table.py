@@ -18,12 +18,12 @@ BASE = "base model"
 FOOTNOTE = (
     "Percent of problems [95 % interval: bootstrap over problems and seeds]. McNemar: exact over "
     "problems, each counted for the side that solves it with more seeds. Bootstrap: paired, over "
-    "problems and seeds. No p-value is corrected for the number of arms. Samples, accepted and "
-    "optimizer steps: of all iterations, mean over seeds."
+    "problems and seeds. No p-value is corrected for the number of arms. Samples, completions "
+    "trained on and optimizer steps: of all iterations, mean over seeds."
 )
 _HEAD = (
     "arm", "seeds", "greedy pass@1", "pass@k", "difference", "better/worse", "p McNemar",
-    "p bootstrap", "samples", "accepted", "optimizer steps",
+    "p bootstrap", "samples", "trained on", "optimizer steps",
 )  # fmt: skip
 
 
@@ -35,7 +35,7 @@ class Outcome:
         greedy: problem_id -> whether the greedy completion is CORRECT; empty if not drawn.
         sampled: problem_id -> (completions, CORRECT ones); empty if none were drawn.
         metrics: metric -> value, as the run measured them.
-        budget: what the run took until then: samples, accepted, optimizer_steps, tokens.
+        budget: what the run took until then: samples, trained_on, optimizer_steps.
     """
 
     greedy: dict[str, bool]
@@ -147,8 +147,7 @@ def cells_of(rows: dict[str, dict[str, Any]], *, control: str) -> list[list[str]
                 _interval(metrics.get("greedy_pass@1")),
                 _interval(metrics.get(largest)),
                 *tests,
-                *(f"{round(budget[name]):,}" for name in ("samples", "accepted")),
-                f"{round(budget['optimizer_steps']):,}",
+                *(f"{round(value):,}" for value in budget.values()),
             ]
         )
     return table
@@ -165,14 +164,19 @@ def _counts(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def _budget(run: RunDir, last: int) -> dict[str, int]:
-    metrics = [read_json(run.iteration(number).metrics) for number in range(1, last + 1)]
-    e_steps = [one.get("e_step") or {} for one in metrics]
-    m_steps = [one.get("m_step") or {} for one in metrics]
+    """Returns what iterations 1 .. last drew, trained on and how long, drawn by them or linked."""
+    folders = [run.iteration(number) for number in range(1, last + 1)]
+    metrics = [read_json(paths.metrics) for paths in folders]
+    parts = [
+        part
+        for paths in folders  # those of a balance score are samples too
+        for folder in (paths.completions, paths.path / "balance")
+        for part in folder.rglob("part-*.json")
+    ]
     return {
-        "samples": sum(one.get("num_completions") or 0 for one in e_steps),
-        "tokens": sum(one.get("num_tokens") or 0 for one in e_steps),
-        "accepted": sum(one.get("num_accepted") or 0 for one in e_steps),
-        "optimizer_steps": sum(one.get("optimizer_steps") or 0 for one in m_steps),
+        "samples": sum(read_json(part)["num_rows"] for part in parts),
+        "trained_on": sum(one["e_step"].get("num_trained_on", 0) for one in metrics),
+        "optimizer_steps": sum(one["m_step"].get("optimizer_steps", 0) for one in metrics),
     }
 
 

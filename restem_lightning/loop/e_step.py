@@ -77,6 +77,7 @@ def pool_key(
     key = {
         "seed": stage.seed,
         "iteration": stage.iteration,
+        "first_index": stage.first_index,
         "purpose": stage.purpose,
         "policy_hash": stage.policy.hash,
         "sampling": asdict(stage.params),
@@ -89,7 +90,8 @@ def pool_key(
         "stop_at_quota": None,
     }
     if quota is not None:  # a pool that lacks what another quota needs must not serve it
-        key["stop_at_quota"] = {"max_per_problem": quota.max_per_problem, "dedupe": quota.dedupe}
+        names = ("threshold", "max_per_problem", "dedupe", "quota", "probe")
+        key["stop_at_quota"] = {name: getattr(quota, name) for name in names}
     return key
 
 
@@ -141,7 +143,7 @@ def _draw_missing(
     """Draws the parts that are not in a store; arguments as those of `fill_store`."""
     part_of = {p.problem_id: number for number, part in enumerate(parts) for p in part}
     done = {part.index for part in store.parts()}
-    claimed = claims(f"{stage.purpose}{stage.iteration}", len(parts))
+    claimed = claims(f"{stage.purpose}{stage.iteration}/{stage.first_index}", len(parts))
 
     def wanted() -> Iterator[Problem]:
         for number in claimed:

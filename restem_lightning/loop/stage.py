@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from restem_lightning.completions import Completion, Verdict
 from restem_lightning.loop.quota import next_indices
@@ -52,6 +52,15 @@ def load_policy(folder: str, engine: EngineParams) -> Policy:
     )
 
 
+def eos_ids(folder: str) -> tuple[int, ...]:
+    """Returns the token ids that end a completion of a policy folder, the one to write first."""
+    try:
+        eos = GenerationConfig.from_pretrained(folder).eos_token_id
+    except OSError:  # there is no generation_config.json
+        eos = AutoConfig.from_pretrained(folder).eos_token_id
+    return tuple([eos] if isinstance(eos, int) else eos or [])
+
+
 def engine_record(engine: EngineParams) -> dict[str, Any]:
     """Returns engine settings with what `auto` means here; EngineParams takes them again."""
     return asdict(engine) | {
@@ -74,6 +83,8 @@ class Stage:
         iteration: part of the address of every draw.
         purpose: part of the address, before the problem_id; tells the draws of an evaluation from
             those of the E-step.
+        first_index: completion_index of each problem's first completion; pools that are united
+            share none.
     """
 
     policy: Policy
@@ -83,6 +94,7 @@ class Stage:
     seed: int
     iteration: int
     purpose: str = ""
+    first_index: int = 0
 
     @property
     def verifier(self) -> str:
@@ -170,7 +182,7 @@ class _UnderWay:
                 request_id=self.stage.purpose + drawing.problem.problem_id,
                 prompt_ids=tuple(drawing.prompt_ids),
                 num_shared=drawing.num_shared,
-                indices=drawing.next_indices,
+                indices=tuple(self.stage.first_index + i for i in drawing.next_indices),
             )
 
     def _take_up(self) -> _Drawing | None:

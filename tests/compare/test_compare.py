@@ -107,7 +107,7 @@ def test_the_table_has_the_base_model_and_each_arm_and_names_the_one_that_failed
     greedy = metrics["evaluation"]["held_out"]["greedy_pass@1"]["value"]
     assert row["metrics"]["greedy_pass@1"]["value"] == pytest.approx(greedy)
     assert row["budget"]["samples"] == 96
-    assert row["budget"]["accepted"] == metrics["e_step"]["num_accepted"]
+    assert row["budget"]["trained_on"] == metrics["e_step"]["num_accepted"]
     page = (config.parent / "out" / "comparison.html").read_text()
     assert "<td>random</td>" in page
 

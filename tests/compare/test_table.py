@@ -41,7 +41,11 @@ def iteration(run, number, greedy, sampled=(), steps=5):
     pool(paths.path / "evaluation/held_out/greedy", [[right] for right in greedy])
     if sampled:
         pool(paths.path / "evaluation/held_out/sampled", sampled)
-    e_step = {"num_completions": 40, "num_tokens": 400, "num_accepted": 7} if number else {}
+    if number:
+        pool(paths.completions, [[1, 0], [0, 0], [1, 1]])
+    if number == 1:
+        pool(paths.path / "balance/0.7", [[1, 0]])
+    e_step = {"num_completions": 40, "num_trained_on": 7} if number else {}
     metrics = {
         "evaluation": {"held_out": {"greedy_pass@1": {"value": sum(greedy) / len(greedy)}}},
         "e_step": e_step,
@@ -67,8 +71,7 @@ def test_an_outcome_is_that_of_the_last_finished_iteration_with_the_budget_of_al
     outcome = read_outcome(run.path, "held_out")
     assert outcome.greedy == {"p0": True, "p1": False, "p2": True, "p3": False}
     assert outcome.sampled == {"p0": (2, 2), "p1": (2, 1), "p2": (2, 0), "p3": (2, 2)}
-    expected = {"samples": 80, "tokens": 800, "accepted": 14, "optimizer_steps": 10}
-    assert outcome.budget == expected
+    assert outcome.budget == {"samples": 6 + 2 + 6, "trained_on": 14, "optimizer_steps": 10}
     base = read_outcome(run.path, "held_out", iteration=0)
     assert (sum(base.greedy.values()), base.budget["samples"]) == (0, 0)
 
