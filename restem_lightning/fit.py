@@ -14,17 +14,17 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from transformers import AutoTokenizer
 
 from restem_lightning.completions import CompletionStore
 from restem_lightning.errors import UserError
+from restem_lightning.fit_checks import check_policies, check_settings, iterations_that_differ
 from restem_lightning.loop.balance import BalanceParams
 from restem_lightning.loop.callback import ReSTEMCallback
 from restem_lightning.loop.draw import DrawParams
 from restem_lightning.loop.e_step import EStepParams, prepare_problems
-from restem_lightning.loop.evaluate import EvaluationParams
+from restem_lightning.loop.evaluate import EvaluationParams, ValidationParams
+from restem_lightning.loop.iteration import is_plateau
 from restem_lightning.loop.mixing import MixParams
-from restem_lightning.loop.quota import check_quota
 from restem_lightning.loop.shared import Loop
 from restem_lightning.loop.tracking import Tracker, TrackingParams
 from restem_lightning.m_step.datamodule import AcceptedDataModule
@@ -34,7 +34,7 @@ from restem_lightning.per_iteration import value_at, values_by_setting
 from restem_lightning.problems import Problem, ProblemSource, check_splits
 from restem_lightning.prompts import PromptTemplate
 from restem_lightning.report.html import iteration_table, write_report
-from restem_lightning.run_dir import RunDir, open_run, read_json
+from restem_lightning.run_dir import RunDir, open_run
 from restem_lightning.selection import SelectionParams
 from restem_lightning.settings import (
     add_policy_settings,
@@ -59,8 +59,6 @@ FREE_ON_RESUME = (
     "trainer.enable_progress_bar",
     "trainer.log_every_n_steps",
 )
-# What the loop gives each Trainer itself.
-OWN_TRAINER_SETTINGS = ("logger", "default_root_dir", "fast_dev_run")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,23 +78,6 @@ class StopParams:
     at_plateau: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class ValidationParams:
-    """How D_val is sampled inside the M-step; max_new_tokens and stop are those of the E-step.
-
-    Args:
-        n: completions per problem; the mean reward counts.
-        temperature: 0 for greedy.
-        top_k: 0 for all.
-        top_p: 1 for all.
-    """
-
-    n: int = 1
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-
 class ReSTEMCLI(LightningCLI):
     """LightningCLI whose trainer, model and data are made anew for each iteration."""
 
@@ -111,6 +92,13 @@ class ReSTEMCLI(LightningCLI):
             type=str,
             default="base",
             help="Weights that each M-step starts from: base (the paper), previous, or a folder.",
+        )
+        parser.add_argument(
+            "--carry_optimizer",
+            type=bool,
+            default=False,
+            help="Whether an M-step goes on with the optimizer's state of the one before; for "
+            "start_from previous and stop.rule none. The learning rate schedule begins anew.",
         )
         parser.add_argument(
             "--per_iteration",
@@ -308,11 +296,10 @@ def _saved(run: RunDir) -> str:
 def _run(cli: ReSTEMCLI, run: RunDir, stop: _Stop) -> None:
     config = cli.config
     made = cli.build(1)
-    for iteration in _iterations_that_differ(config):
-        _check_settings(cli.config_of(iteration), cli.build(iteration), run, iteration)
     base = resolve_policy(config.policy)
-    for iteration in _iterations_that_differ(config):
-        _check_policies(cli.config_of(iteration), base)
+    for iteration in iterations_that_differ(config):
+        check_settings(cli.config_of(iteration), cli.build(iteration), run, iteration)
+        check_policies(cli.config_of(iteration), base)
     settings = cli.settings()
     with open_verifiers(config.verifier, made.verification) as verifiers:
         problems = _load_problems(made, verifiers)
@@ -324,83 +311,13 @@ def _run(cli: ReSTEMCLI, run: RunDir, stop: _Stop) -> None:
                     cli.build(iteration), problems, run=run, base=base, seed=settings["seed"],
                     verifiers=verifiers, tracker=tracker, stop=stop,
                 )  # fmt: skip
-                if config.stop.at_plateau and _is_plateau(run):
+                if config.stop.at_plateau and is_plateau(run):
                     break
                 _fit_iteration(cli, loop, iteration)
     if rank_zero_only.rank == 0:
         write_report([run.path], run.report)
         last = run.iteration(run.finished_iterations()[-1])
         print(f"\n{iteration_table(run.path)}\n\nreport  {run.report}\npolicy  {last.policy}")
-
-
-def _iterations_that_differ(config: Any) -> range:
-    """Returns the iterations up to the last one that `per_iteration` has a value of its own for.
-
-    Raises:
-        UserError: the number of iterations or `per_iteration` is not allowed.
-    """
-    if config.iterations < 1:
-        raise UserError(f"iterations ({config.iterations}) must be at least 1")
-    by_setting = values_by_setting(config.per_iteration, config)
-    lengths = [len(values) for values in by_setting.values()]
-    return range(1, min(config.iterations, max([1, *lengths])) + 1)
-
-
-def _check_settings(config: Any, made: Any, run: RunDir, iteration: int) -> None:
-    """Checks what no single setting can check by itself.
-
-    Raises:
-        UserError: settings do not fit together.
-    """
-    if made.draw.reuse_pool and iteration == 1:
-        raise UserError("draw.reuse_pool (true) must be false in iteration 1: there is no pool yet")
-    if made.draw.num_problems == 0 and made.mix.human == "none":
-        raise UserError("draw.num_problems (0) leaves nothing to train on; set mix.human")
-    for name in OWN_TRAINER_SETTINGS:
-        if value := config.trainer[name]:
-            raise UserError(f"trainer.{name} ({value}) is set by the loop; remove it")
-    n, most = made.sampling.n * len(made.draw.names()), made.selection.max_per_problem
-    if most is not None and most > n and made.draw.num_problems != 0:
-        raise UserError(
-            f"selection.max_per_problem ({most}) must be at most sampling.n ({n}); lower it or "
-            "draw more"
-        )
-    if made.e_step.stop_at_quota:
-        check_quota(made.selection)
-    stop_callbacks(made.stop.rule, patience=made.stop.patience, folder=run.path)  # checks both
-    if made.problems.validation is None and (made.stop.rule != "none" or made.stop.at_plateau):
-        raise UserError(
-            f"stop.rule ({made.stop.rule}) and stop.at_plateau ({made.stop.at_plateau}) need "
-            "problems.validation; give it, or set them to none and false"
-        )
-    if taken := {"train", "validation"} & set(made.problems.held_out):
-        raise UserError(f"problems.held_out must not name a set {taken.pop()}; rename it")
-
-
-def _check_policies(config: Any, base: str) -> None:
-    """Checks the policies that an iteration starts from and draws from.
-
-    Raises:
-        UserError: one is no whole policy, or draws other token ids than the base model's.
-    """
-    if config.start_from not in ("base", "previous"):
-        resolve_policy(config.start_from)
-    vocabulary = AutoTokenizer.from_pretrained(base).get_vocab()
-    for name in DrawParams(**config.draw.as_dict()).names():
-        if name not in ("base", "previous"):
-            folder = resolve_policy(name)
-            if AutoTokenizer.from_pretrained(folder).get_vocab() != vocabulary:
-                raise UserError(
-                    f"draw.policies ({name}) must have the tokenizer of the policy ({base}): the "
-                    "M-step trains on the token ids that were drawn; choose another one"
-                )
-
-
-def _is_plateau(run: RunDir) -> bool:
-    """Returns whether the last finished iteration's reward on D_val is no higher than before."""
-    last = run.finished_iterations()[-2:]
-    rewards = [read_json(run.iteration(number).metrics)["m_step"]["val_reward"] for number in last]
-    return len(rewards) == 2 and rewards[1] <= rewards[0]
 
 
 def _load_problems(made: Any, verifiers: VerifierPool) -> dict[str, list[Problem]]:
@@ -446,6 +363,7 @@ def _make_loop(
         e_step=made.e_step,
         selection=made.selection,
         mix=made.mix,
+        carry_optimizer=made.carry_optimizer,
         evaluation=made.evaluation,
         tracker=tracker,
         check_stop=stop.check,

@@ -35,7 +35,7 @@ SAMPLER = (
     "generation",
     "engine",
 )
-M_STEP = ("module", "datamodule", "fsdp", "export", "packing", "stopping")
+M_STEP = ("module", "datamodule", "fsdp", "export", "packing", "stopping", "optimizer_state")
 
 
 def modules_after(statement):

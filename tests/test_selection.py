@@ -1,5 +1,7 @@
+import math
 import random
 import time
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
@@ -22,6 +24,7 @@ from restem_lightning.selection import (
     select_completions,
     write_accepted,
 )
+from restem_lightning.selection.rules import edit_distance
 
 KINDS = [VerdictKind.CORRECT, VerdictKind.WRONG, VerdictKind.NO_ANSWER]
 
@@ -253,6 +256,65 @@ def test_diverse_starts_at_the_first_and_takes_the_farthest():
     table = of_texts("a b c d", "a b c e", "x y z w", "a b x y")
     assert kept(table, max_per_problem=2, select="diverse") == [0, 2]
     assert kept(table, max_per_problem=3, select="diverse") == [0, 2, 3]
+
+
+def test_max_reward_takes_the_highest_and_of_equals_the_first():
+    rewards = [0.5, 2.0, 1.0, 2.0]
+    table = to_table([completion(index=i, reward=reward) for i, reward in enumerate(rewards)])
+    assert kept(table, max_per_problem=1, select="max_reward") == [1]
+    assert kept(table, max_per_problem=3, select="max_reward") == [1, 2, 3]
+
+
+def test_a_vote_ignores_truncated_completions_and_a_tie_goes_to_the_first_answer():
+    answers = [("5", "length"), ("5", "length"), ("7", "eos"), (None, "eos"), ("6", "eos")]
+    table = to_table(
+        [
+            replace(
+                completion(index=i, finish=finish),
+                verdict=Verdict(kind=VerdictKind.WRONG, extracted=answer),
+            )
+            for i, (answer, finish) in enumerate(answers)
+        ]
+    )
+    assert kept(table, rewards="majority") == [2]
+
+
+def test_weights_follow_the_reward_and_one_too_large_is_refused():
+    table = to_table([completion(index=i, reward=reward) for i, reward in enumerate([0.5, 2.0])])
+    for params, expected in (
+        ({"weight": "reward"}, [0.5, 2.0]),
+        ({"weight": "exponential", "beta": 2.0}, [math.exp(0.25), math.exp(1.0)]),
+    ):
+        weights = chosen_by(table, **params).accepted["weight"].to_pylist()
+        assert weights == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(UserError, match=r"beta \(0\.01\) must be above 0\.025"):
+        chosen_by(table, weight="exponential", beta=0.01)
+
+
+def table_of_distances(a, b):
+    """The textbook's table of the edit distance, row by row."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        before, row = row, [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (x != y)))
+    return row[-1]
+
+
+def test_the_edit_distance_is_that_of_the_textbook():
+    rng = random.Random(0)
+    for _ in range(300):
+        a, b = ("".join(rng.choices("abc", k=rng.randrange(12))) for _ in range(2))
+        assert edit_distance(a, b) == table_of_distances(a, b)
+    long = ["".join(rng.choices("ab 1", k=150)) for _ in range(2)]
+    assert edit_distance(*long) == table_of_distances(*long)
+
+
+def test_the_count_of_a_problem_is_raised_no_further_than_needed_or_possible():
+    table = to_table([completion("a", i) for i in range(5)] + [completion("b", 0)])
+    for total, expected in ((1, 2), (2, 2), (3, 3), (4, 4), (6, 6), (99, 6)):
+        found = chosen_by(table, max_per_problem=1, min_total=total).accepted
+        assert found.num_rows == expected
 
 
 def test_two_writes_of_one_selection_have_the_same_bytes(tmp_path):

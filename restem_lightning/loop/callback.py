@@ -21,6 +21,7 @@ from restem_lightning.loop.shared import Loop
 from restem_lightning.loop.stage import Policy, load_policy
 from restem_lightning.loop.weights import hand_over, release_memory
 from restem_lightning.m_step.export import export_policy, load_best
+from restem_lightning.m_step.optimizer_state import load_optimizer, save_optimizer
 from restem_lightning.run_dir import IterationDir, read_json, write_json
 from restem_lightning.selection import empty_reason
 
@@ -68,6 +69,13 @@ class ReSTEMCallback(Callback):
         check_interval(trainer, -(-funnel["trained_on"] // trainer.datamodule.batch_size))
         trainer.datamodule.accepted = str(self.paths.accepted)
         self.watch = self._stopwatch("m_step")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Goes on with the optimizer's state of the M-step before, if that is wanted."""
+        before = self.loop.run.iteration(self.iteration - 1).optimizer
+        # A resumed M-step has its own state already.
+        if self.loop.carry_optimizer and before.exists() and trainer.global_step == 0:
+            load_optimizer(pl_module.model, trainer.optimizers[0], before)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -186,6 +194,8 @@ class ReSTEMCallback(Callback):
                 "val_rewards": [list(pair) for pair in self.val_rewards],
             }
             write_json(self.paths.m_step / "m_step.json", record)
+        if self.loop.carry_optimizer:
+            save_optimizer(pl_module.model, trainer.optimizers[0], self.paths.optimizer)
         if best is not None:
             load_best(pl_module, best.best_model_path)
         export_policy(pl_module, self.paths.policy, source_policy=pl_module.policy)
@@ -245,6 +255,7 @@ class ReSTEMCallback(Callback):
                 },
             )
             _remove_checkpoints(paths.m_step)
+            loop.run.iteration(iteration - 1).optimizer.unlink(missing_ok=True)
 
     def _stopwatch(self, stage: str) -> Stopwatch:
         return Stopwatch(self.paths.path / "seconds.json", stage)

@@ -73,6 +73,23 @@ class EvaluationParams:
         return stages
 
 
+@dataclass(frozen=True, kw_only=True)
+class ValidationParams:
+    """How D_val is sampled inside the M-step; max_new_tokens and stop are those of the E-step.
+
+    Args:
+        n: completions per problem; the mean reward counts.
+        temperature: 0 for greedy.
+        top_k: 0 for all.
+        top_p: 1 for all.
+    """
+
+    n: int = 1
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
 def draw_evaluation(
     folder: Path,
     name: str,

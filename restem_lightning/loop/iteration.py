@@ -19,7 +19,7 @@ from restem_lightning.loop.shared import Loop
 from restem_lightning.loop.stage import eos_ids, load_policy
 from restem_lightning.loop.weights import release_memory
 from restem_lightning.problems import Problem
-from restem_lightning.run_dir import read_json, write_json
+from restem_lightning.run_dir import RunDir, read_json, write_json
 from restem_lightning.selection import (
     end_with_eos,
     read_accepted,
@@ -189,3 +189,10 @@ class EStep:
             tokenizer=AutoTokenizer.from_pretrained(loop.base),
             earlier=earlier(),
         )
+
+
+def is_plateau(run: RunDir) -> bool:
+    """Returns whether the last finished iteration's reward on D_val is no higher than before."""
+    last = run.finished_iterations()[-2:]
+    rewards = [read_json(run.iteration(number).metrics)["m_step"]["val_reward"] for number in last]
+    return len(rewards) == 2 and rewards[1] <= rewards[0]

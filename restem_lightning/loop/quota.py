@@ -50,11 +50,11 @@ def next_indices(
     """
     if quota is None:
         return tuple(range(len(drawn), n))
-    good = [one for one in drawn if is_acceptable(one, quota.threshold)]
-    num_accepted = len({_key(one, quota) for one in good})
+    fails = [not is_acceptable(one, quota.threshold) for one in drawn]
+    good = {_key(one, quota) for one, fail in zip(drawn, fails, strict=True) if not fail}
+    num_accepted = len(good)
     if quota.quota == "fail_rate" and len(drawn) < quota.probe:
         return tuple(range(len(drawn), min(n, quota.probe)))
-    fails = [one not in good for one in drawn]
     num_missing = limit_of(fails, quota, quota.max_per_problem) - num_accepted
     if num_missing <= 0:
         return ()

@@ -40,6 +40,7 @@ class Loop:
         e_step: size of parts, alarm, quota, parity.
         selection: which completions are accepted.
         mix: what the M-step trains on beside them.
+        carry_optimizer: whether the M-step goes on with the optimizer's state of the one before.
         evaluation: how policies are measured.
         tracker: sends metrics to where they are watched.
         check_stop: raises if the run is to stop; called where nothing is lost.
@@ -62,6 +63,7 @@ class Loop:
     e_step: EStepParams
     selection: SelectionParams
     mix: MixParams
+    carry_optimizer: bool
     evaluation: EvaluationParams
     tracker: Tracker
     check_stop: Callable[[], None]

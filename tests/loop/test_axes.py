@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from restem_lightning.completions import CompletionStore
 from restem_lightning.errors import UserError
@@ -154,6 +155,29 @@ def test_a_run_with_every_axis_resumes_to_the_same_end(whole, words, restem, cop
         assert outcome(run, iteration) == outcome(whole, iteration)
 
 
+def test_the_optimizer_goes_on_where_the_m_step_before_left_it(
+    restem, fit_words, tmp_path, outcome
+):
+    callback = {"class_path": "tests.loop.snapshots.Snapshots"}
+    callback["init_args"] = {"folder": str(tmp_path)}
+    changes = {
+        "iterations": 2,
+        "carry_optimizer": "true",
+        "start_from": "previous",
+        "stop.rule": "none",
+        "trainer.max_steps": 4,
+        "evaluation.n": 0,
+        "trainer.callbacks": json.dumps([callback]),
+    }
+    whole, killed = RunDir(tmp_path / "whole"), RunDir(tmp_path / "iteration_2_optimizer_step_3")
+    assert restem(*fit_words(whole.path, **changes)).code == 0
+    state = torch.load(whole.iteration(2).optimizer, weights_only=True)["state"]
+    assert {int(one["step"]) for one in state.values()} == {8}
+    assert not whole.iteration(1).optimizer.exists()
+    assert restem(*fit_words(killed.path, **changes)).code == 0
+    assert outcome(killed, 2) == outcome(whole, 2)
+
+
 def test_a_run_ends_at_a_plateau_and_goes_no_further_when_called_again(restem, fit_words, tmp_path):
     changes = {"stop.rule": "none", "stop.at_plateau": "true", "model.learning_rate": 1e-12}
     for _ in range(2):
@@ -197,6 +221,7 @@ def test_a_sampler_with_another_tokenizer_is_refused(restem, fit_words, tmp_path
     ("changes", "message"),
     [
         ({"draw.reuse_pool": "true"}, "must be false in iteration 1"),
+        ({"carry_optimizer": "true"}, "needs start_from previous"),
         ({"draw.num_problems": 0}, "leaves nothing to train on"),
         ({"e_step.stop_at_quota": "true", "selection.rewards": "majority"}, "looks at all"),
         ({"per_iteration": '{"seed_everything": [1, 2]}'}, "must be a setting of one of"),
