@@ -7,9 +7,9 @@
 The agent starts this script (`program` in the sweep's YAML) with `fit` and the trial's parameters.
 It adds the run folder of the trial, SWEEPS/SWEEP_ID/RUN_ID (SWEEPS: a variable, or runs/sweeps),
 and the folder of pools that all trials of the sweep share. With SWEEP_SBATCH, options of sbatch, it
-submits scripts/sweep.sbatch with the same words, which srun gives to every rank, and waits for the
-job, over its requeues. The agent itself runs on one node that may submit jobs, and needs no GPU.
-If the agent ends a trial, its job is cancelled.
+submits scripts/sweep.sbatch with the same words and configs/multinode.yaml, all of which srun gives
+to every rank, and waits for the job, over its requeues. The agent itself runs on one node that may
+submit jobs, and needs no GPU. If the agent ends a trial, its job is cancelled.
 """
 
 import os
@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 BATCH_SCRIPT = Path(__file__).with_name("sweep.sbatch")
+RANKS = "configs/multinode.yaml"
 
 
 def main() -> None:
@@ -35,6 +36,7 @@ def main() -> None:
         os.execv(sys.executable, [sys.executable, "-m", "restem_lightning", *words])
     log = (folder / f"{run_id}.log").absolute()
     log.parent.mkdir(parents=True, exist_ok=True)
+    words += ["--config", RANKS]
     sys.exit(run_job(words[1:], shlex.split(options), name=f"restem-{run_id}", log=log))
 
 

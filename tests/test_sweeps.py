@@ -158,7 +158,7 @@ def test_a_trial_becomes_a_job_with_its_parameters_and_is_waited_for(cluster):
         *("--wait", "--job-name=restem-r7", f"--output={folder / 'r7.log'}"),
         *("--nodes", "2", "--comment", "two words", str(ROOT / "scripts" / "sweep.sbatch")),
         *("--config", "a.yaml", "--sampling.temperature=0.9", f"--run_dir={folder / 'r7'}"),
-        f"--e_step.pool_cache={folder / 'pools'}",
+        *(f"--e_step.pool_cache={folder / 'pools'}", "--config", "configs/multinode.yaml"),
     ]
 
 
