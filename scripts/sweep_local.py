@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-STOPPED = (-2, -9, -15, 130, 143)  # by Ctrl-C or a signal
+STOPPED = (-2, -9, -15, 75, 130, 143)  # by Ctrl-C, a signal, or the end of an allocation
 ENGINE_KEYS = ("method", "metric", "parameters", "early_terminate", "run_cap")
 
 
