@@ -1,6 +1,7 @@
 """The command line: `restem VERB ...`; every user's mistake ends in one line."""
 
 import errno
+import importlib
 import os
 import sys
 import warnings
@@ -16,10 +17,14 @@ VERBS = {
     "sample": "draw and verify completions of a policy (the E-step alone), or draw one again",
     "verify": "judge given completions",
     "evaluate": "measure a policy: greedy pass@1, pass@k, maj@k",
+    "compare": "run arms over seeds: one table with intervals and paired tests; resumable",
     "report": "write the HTML report of runs, or print their metrics as JSON",
     "plan": "say what a run will take: tokens, time, memory, disk",
     "doctor": "say what works on this machine, each with the remedy",
 }
+
+# Where a verb's function is, if not in `commands`; imported when it is called.
+MODULES = {"fit": "fit", "compare": "compare", "plan": "plan.command"}
 
 # A place that cannot be written is for the user to mend; any other OSError is a fault of ours.
 UNWRITABLE = (
@@ -79,17 +84,8 @@ def _usage() -> str:
 def _command(verb: str) -> Callable[[list[str]], None]:
     if verb not in VERBS:
         raise UserError(f"unknown verb; choose one of {', '.join(VERBS)}")
-    if verb == "fit":
-        from restem_lightning.fit import fit
-
-        return fit
-    if verb == "plan":
-        from restem_lightning.plan.command import plan
-
-        return plan
-    from restem_lightning import commands
-
-    return getattr(commands, verb)
+    module = importlib.import_module(f"restem_lightning.{MODULES.get(verb, 'commands')}")
+    return getattr(module, verb)
 
 
 def _quiet_libraries() -> None:

@@ -55,6 +55,7 @@ FREE_ON_RESUME = (
     "walltime_reserve_s",
     "engine.cache_tokens",
     "e_step.parity_completions",
+    "e_step.pool_cache",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from restem_lightning.completions import Completion, CompletionStore
 from restem_lightning.errors import UserError
+from restem_lightning.loop.pool_cache import shared_pool
 from restem_lightning.loop.progress import Bar, Progress
 from restem_lightning.loop.ranks import group_store, is_rank_zero
 from restem_lightning.loop.stage import Stage, verified_completions
@@ -35,6 +36,9 @@ class EStepParams:
             share of correct verdicts lower, and neither compares with a run without it. It saves
             time where there are many more problems than engine.max_batch_size, so that waiting for
             verdicts does not leave the batch empty.
+        pool_cache: folder in which runs share finished pools of completions (of E-steps and of
+            evaluations): what a run with equal policy, problems, sampling settings, seed and
+            verifier has drawn there is linked, not drawn again; null to draw all.
         parity_completions: the first so many completions of each E-step are scored again by the
             trainer's own forward pass, and a warning is shown where its log-probabilities are not
             those that the sampler recorded; 0 for none.
@@ -43,6 +47,7 @@ class EStepParams:
     problems_per_part: int = 32
     max_error_rate: float = 0.2
     stop_at_quota: bool = False
+    pool_cache: str | None = None
     parity_completions: int = 32
 
     def __post_init__(self) -> None:
@@ -133,11 +138,32 @@ def fill_store(
     """
     if should_stop is not None and should_stop():
         return
-    size, n = e_step.problems_per_part, stage.params.n
+    size = e_step.problems_per_part
     parts = [problems[first : first + size] for first in range(0, len(problems), size)]
-    part_of = {p.problem_id: number for number, part in enumerate(parts) for p in part}
+    key = pool_key(stage, problems, problems_per_part=size, quota=quota)
     if is_rank_zero():
-        store.check_key(pool_key(stage, problems, problems_per_part=size, quota=quota))
+        store.check_key(key)
+    of_all = {**key, "verifiers": stage.verifiers.record}
+    with shared_pool(e_step.pool_cache, store, of_all, num_parts=len(parts)):
+        _draw_missing(
+            store, parts, stage, e_step=e_step, quota=quota, show=show, on_part=on_part,
+            should_stop=should_stop,
+        )  # fmt: skip
+
+
+def _draw_missing(
+    store: CompletionStore,
+    parts: list[list[Problem]],
+    stage: Stage,
+    *,
+    e_step: EStepParams,
+    quota: SelectionParams | None,
+    show: str,
+    on_part: Callable[[], None] | None,
+    should_stop: Callable[[], bool] | None,
+) -> None:
+    """Draws the parts that are not in a store; arguments as those of `fill_store`."""
+    part_of = {p.problem_id: number for number, part in enumerate(parts) for p in part}
     done = {part.index for part in store.parts()}
     claimed = claims(f"{stage.purpose}{stage.iteration}/{stage.first_index}", len(parts))
 
@@ -149,7 +175,8 @@ def fill_store(
     progress, start = Progress(), time.monotonic()
     collected: dict[int, list[Completion]] = defaultdict(list)
     num_done: Counter[int] = Counter()
-    left = sum(len(part) for number, part in enumerate(parts) if number not in done) * n
+    left = sum(len(part) for number, part in enumerate(parts) if number not in done)
+    left *= stage.params.n
     with Bar(show, left) as bar:
         for completion, is_last, num_skipped in verified_completions(wanted(), stage, quota=quota):
             progress.add(completion)

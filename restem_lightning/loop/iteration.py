@@ -13,6 +13,7 @@ from restem_lightning.loop.balance import choose_balance
 from restem_lightning.loop.draw import draw_pools, pool_stores, problems_of_e_step
 from restem_lightning.loop.e_step import Hooks
 from restem_lightning.loop.mixing import mix
+from restem_lightning.loop.pool_cache import is_shared
 from restem_lightning.loop.quota import count_skipped
 from restem_lightning.loop.ranks import barrier, is_rank_zero
 from restem_lightning.loop.shared import Loop
@@ -102,6 +103,7 @@ class EStep:
                 num_tokens += len(batch["completion_ids"].flatten())
                 reasons.update(batch["finish_reason"].to_pylist())
         seconds = read_json(paths.path / "seconds.json").get("e_step", 0.0)
+        shared = any(is_shared(store) for store in self.stores())
         balance, parity = paths.path / "balance" / "balance.json", paths.path / "parity.json"
         return {
             "num_problems": funnel["num_problems"],
@@ -114,7 +116,8 @@ class EStep:
             "num_trained_on": funnel["trained_on"],
             "num_tokens": num_tokens,
             "seconds": seconds,
-            "tokens_per_s": round(num_tokens / seconds, 1) if seconds else None,
+            "tokens_per_s": round(num_tokens / seconds, 1) if seconds and not shared else None,
+            "shared": shared,
             "verdicts": funnel["verdicts"],
             "finish_reasons": dict(sorted(reasons.items())),
             "parity": read_json(parity) if parity.exists() else None,

@@ -1,5 +1,5 @@
-"""Reports of runs, made from their metrics.json and funnel.json alone."""
+"""Reports of runs, made from their files alone."""
 
-from restem_lightning.report.html import collect_metrics, iteration_table, write_report
+from restem_lightning.report.html import collect_metrics, iteration_table, write_report, write_table
 
-__all__ = ["collect_metrics", "iteration_table", "write_report"]
+__all__ = ["collect_metrics", "iteration_table", "write_report", "write_table"]

@@ -109,9 +109,31 @@ def write_report(
         example = f"{path}/iteration_1/completions:PROBLEM_ID:COMPLETION_INDEX"
         body.append('<p class="note">To draw any completion again: ')
         body.append(f"<code>restem sample --replay {escape(example)}</code></p>")
+    return _write_page(output, "ReST-EM report", body)
+
+
+def write_table(
+    output: str | os.PathLike[str], title: str, table: Sequence[Sequence[str]], *, note: str
+) -> Path:
+    """Writes one self-contained HTML file that holds a table and returns its path.
+
+    Args:
+        output: the file to write.
+        title: of the page.
+        table: the head, then the rows.
+        note: what a reader must know of the table.
+    """
+    head, *rows = table
+    heading, below = f"<h1>{escape(title)}</h1>", f'<p class="note">{escape(note)}</p>'
+    return _write_page(output, title, [heading, _table(head, rows), below])
+
+
+def _write_page(output: str | os.PathLike[str], title: str, body: Sequence[str]) -> Path:
     page = (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>ReST-EM report</title>'
-        f"<style>{_CSS}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>{escape(title)}</title><style>{_CSS}</style></head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body></html>\n"
     )
     with atomic_path(output) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -277,7 +299,7 @@ def _funnel_cells(funnel: dict[str, Any]) -> list[str]:
     ]
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
     lines += [
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows

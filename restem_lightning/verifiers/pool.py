@@ -136,6 +136,11 @@ class VerifierPool:
             self._start_worker()
 
     @property
+    def record(self) -> dict[str, Any]:
+        """All that the verdicts depend on, JSON-serialisable."""
+        return {**self._settings, "deadline_s": self._deadline_s}
+
+    @property
     def num_pending(self) -> int:
         """How many submitted jobs have not been handed back yet."""
         return self._num_pending
