@@ -77,7 +77,7 @@ def start_adapters(model: nn.Module, seed: int) -> None:
             continue
         values = torch.zeros(parameter.shape)
         if ".lora_A." in name:
-            generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
         local(parameter).copy_(values[local_rows(parameter)])
 
