@@ -8,6 +8,7 @@ from types import MethodType
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -127,6 +128,9 @@ def policy_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     Every rank must go through all of them. Tied weights come once.
     """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a forward pass leaves gathered weights, in the compute dtype
     adapted = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
     for name, parameter in model.named_parameters():
         if is_adapter(name):

