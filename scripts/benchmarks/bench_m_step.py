@@ -19,7 +19,6 @@ it runs.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from bench_sampler import machine_rates
+from m_step_baselines import peak_memory_mb
 from record import record
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -133,14 +133,8 @@ def run_ours(work: dict) -> dict:
         "seconds": timer.seconds,
         "model_tokens": timer.num_tokens,
         "targets": timer.num_targets,
-        "peak_memory_mb": _peak_memory_mb(),
+        "peak_memory_mb": peak_memory_mb(torch),
     }
-
-
-def _peak_memory_mb() -> int:
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**20)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def measure(engine: str, work: dict, arguments: argparse.Namespace) -> dict | None:

@@ -14,7 +14,6 @@ optimizer step, peak_memory_mb, versions.
 import importlib.metadata
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -51,6 +50,15 @@ class Meter:
         """Waits for the device."""
         if self.torch.cuda.is_available():
             self.torch.cuda.synchronize()
+
+
+def peak_memory_mb(torch):
+    """Returns the device's peak, or this process's own (its parent's would count in getrusage)."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    with open("/proc/self/status") as file:
+        (line,) = (line for line in file if line.startswith("VmHWM"))
+    return round(int(line.split()[1]) / 1024)
 
 
 def settings(work, rows, accumulate):
@@ -144,14 +152,10 @@ def main():
     trainer.add_callback(Timer())
     trainer.model.register_forward_pre_hook(meter.count, with_kwargs=True)
     trainer.train()
-    cuda = torch.cuda.is_available()
-    peak = torch.cuda.max_memory_allocated() if cuda else 0
     result = {
         "tokens": meter.tokens[: len(meter.seconds)],
         "seconds": meter.seconds,
-        "peak_memory_mb": round(
-            peak / 2**20 or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        ),
+        "peak_memory_mb": peak_memory_mb(torch),
         "versions": {
             each: importlib.metadata.version(each)
             for each in ("torch", "transformers", *(["trl"] if name == "trl" else []))
