@@ -39,7 +39,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 from workloads import SHAPES, save_random
 
-from restem_lightning.m_step import AcceptedDataModule, PolicyModule
+from restem_lightning.m_step import AcceptedDataModule, LoraParams, PolicyModule
 from restem_lightning.m_step.weights import empty_policy
 
 ENGINES = ("shared", "unshared", "trl", "trainer")
@@ -126,7 +126,8 @@ def run_ours(work: dict) -> dict:
         limit_val_batches=0,
         default_root_dir=folder,
     )
-    trainer.fit(PolicyModule(work["policy"], compile=work["compile"]), data)
+    lora = LoraParams() if work["lora"] else None
+    trainer.fit(PolicyModule(work["policy"], compile=work["compile"], lora=lora), data)
     mean = statistics.mean(len(ids) for ids, _ in flat)
     return {
         "tokens": [mean * len(step) for step in work["sequences"]],  # shuffled over the steps
@@ -209,6 +210,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--micro-batch-tokens", type=int, default=4096)
     parser.add_argument("--compile", action="store_true", help="ours with model.compile")
+    parser.add_argument("--lora", action="store_true", help="ours with adapters (7B on one GPU)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--engine-seconds", type=int, default=900)
     parser.add_argument("--quick", action="store_true", help="tiny, nothing recorded")
@@ -245,6 +247,7 @@ def main() -> None:
             "dtype": str(dtype).removeprefix("torch."),
             "threads": arguments.threads,
             "compile": arguments.compile,
+            "lora": arguments.lora,
         }
         _, rate = machine_rates(torch.device("cuda" if on_gpu else "cpu"), dtype)
         settings = {k: v for k, v in vars(arguments).items() if k not in _UNRECORDED}
