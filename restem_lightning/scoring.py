@@ -16,8 +16,8 @@ from restem_lightning.completions import Completion, Verdict, VerdictKind
 from restem_lightning.errors import UserError
 from restem_lightning.m_step.export import check_policy_folder, policy_hash
 from restem_lightning.m_step.likelihood import all_logprobs
-from restem_lightning.m_step.module import load_policy
 from restem_lightning.m_step.packing import TrainingSequence
+from restem_lightning.m_step.weights import load_policy
 from restem_lightning.problems import Problem
 from restem_lightning.verifiers.composed import compose
 

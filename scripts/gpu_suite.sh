@@ -6,16 +6,17 @@
 #   --out DIR   where logs go (default runs/gpu_suite; all in DIR.tgz at the end); benchmarks append to
 #               scripts/benchmarks/results/*.jsonl as soon as they have a line, copied to DIR too
 #   STAGE       only these, in this order; default: all of
-#               environment kernels engine sampler bench_kernels shapes sanitizer fit growth
+#               environment kernels engine sampler bench_kernels m_step shapes sanitizer fit growth
 # Needs a python3 (or PYTHON) with torch, triton, transformers, lightning and pytest. Wheels of what
 # else is missing (jsonargparse and docstring-parser, say) are installed from ./wheels if it is
 # there. SmolLM2-135M is taken from models/SmolLM2-135M-Instruct (scripts/prepare_smollm2.py) or
 # POLICY, GSM8K from data/gsm8k or GSM8K (a folder with train.jsonl.gz and test.jsonl.gz), vLLM from
-# VLLM_PYTHON (default PYTHON). Without a git history BENCH_COMMIT names the commit.
+# VLLM_PYTHON, TRL from TRL_PYTHON (default PYTHON). Without a git history BENCH_COMMIT names the commit.
 set -u
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 vllm=${VLLM_PYTHON:-$python}
+trl=${TRL_PYTHON:-$python}
 policy=${POLICY:-models/SmolLM2-135M-Instruct}
 gsm8k=${GSM8K:-data/gsm8k}
 dry=no seconds=570 out=runs/gpu_suite stages=()
@@ -30,7 +31,7 @@ while [ $# -gt 0 ]; do
     shift
 done
 [ ${#stages[@]} -gt 0 ] ||
-    stages=(environment kernels engine sampler bench_kernels shapes sanitizer fit growth)
+    stages=(environment kernels engine sampler bench_kernels m_step shapes sanitizer fit growth)
 mkdir -p "$out"
 export PYTHONPATH="$PWD:$PWD/kernels" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 bench="$python scripts/benchmarks"
@@ -67,6 +68,19 @@ limit_bench_kernels=120
 bench_kernels() {
     if [ "$1" = yes ]; then $bench/bench_kernels.py --quick
     else $bench/bench_kernels.py --seconds 110; fi
+}
+limit_m_step=300
+m_step() {
+    if [ "$1" = yes ]; then $bench/bench_m_step.py --quick --engines shared; return; fi
+    CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} "$python" -m pytest -q tests/m_step/test_gpu.py
+    for shape in qwen2.5-1.5b smollm2-135m qwen2.5-0.5b; do
+        $bench/bench_m_step.py --shape $shape --batch 64 --micro-batch-tokens 16384 \
+            --trl-python "$trl" --engine-seconds 90
+    done
+    $bench/bench_m_step.py --shape qwen2.5-1.5b --micro-batch-tokens 16384 --compile \
+        --engines shared unshared
+    $bench/bench_m_step.py --shape qwen2.5-7b --micro-batch-tokens 8192 --lora --engines shared \
+        unshared --trl-python "$trl"
 }
 limit_shapes=400
 shapes() {
@@ -139,7 +153,7 @@ for stage in "${stages[@]}"; do
     [ $left -lt "${!limit}" ] || left=${!limit}
     start=$SECONDS
     export -f "${stage?}"
-    export python vllm policy gsm8k out bench
+    export python vllm trl policy gsm8k out bench
     timeout "$left" bash -euo pipefail -c "$stage $dry" > "$out/$stage.log" 2>&1
     status=$?
     tail -n 12 "$out/$stage.log"

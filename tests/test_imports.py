@@ -35,7 +35,22 @@ SAMPLER = (
     "generation",
     "engine",
 )
-M_STEP = ("module", "datamodule", "fsdp", "export", "packing", "stopping", "optimizer_state")
+M_STEP = (
+    "attention",
+    "datamodule",
+    "export",
+    "fsdp",
+    "lora",
+    "loss",
+    "module",
+    "optimization",
+    "optimizer_state",
+    "packing",
+    "probe",
+    "shards",
+    "stopping",
+    "weights",
+)
 
 
 def modules_after(statement):
@@ -122,7 +137,7 @@ def test_the_loop_needs_no_optional_library_and_starts_no_cuda():
         "import restem_lightning.fit, restem_lightning.commands, torch\n"
         "assert not torch.cuda.is_initialized()"
     )
-    assert not among(modules, "wandb", "flash_attn", "reasoning_gym", "datasets")
+    assert not among(modules, "wandb", "flash_attn", "reasoning_gym", "datasets", "peft")
 
 
 def test_importing_sets_no_environment_variable():

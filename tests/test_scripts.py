@@ -14,6 +14,7 @@ STAGES = (
     "engine",
     "sampler",
     "bench_kernels",
+    "m_step",
     "shapes",
     "sanitizer",
     "fit",

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from restem_lightning.completions import CompletionStore
-from restem_lightning.m_step.module import load_policy, target_logits
-from restem_lightning.m_step.packing import MicroBatch, TrainingSequence, pack_step
+from restem_lightning.m_step.loss import target_logits
+from restem_lightning.m_step.packing import TrainingSequence, pack_step, to_device
+from restem_lightning.m_step.weights import load_policy
 
 MAX_TOKENS = 16384  # of prompts and completions together: seconds, whatever the completions' length
 EXACT_BOUND = 1e-4
@@ -139,8 +140,8 @@ def _trainer_logprobs(
     for row in rows:
         ids = np.array([*row["prompt_ids"], *row["completion_ids"]], dtype=np.int32)
         sequence = TrainingSequence(ids=ids, prompt_length=len(row["prompt_ids"]), weight=1.0)
-        batch = pack_step([sequence], row_tokens=len(ids), tokens_per_micro_batch=len(ids))
-        micro_batch = MicroBatch(*(tensor.to(device) for tensor in batch.micro_batches[0]))
+        batch = pack_step([sequence], tokens_per_micro_batch=len(ids))
+        micro_batch = to_device(batch.micro_batches[0], device)
         logits = target_logits(model, micro_batch).float()
         nll = F.cross_entropy(logits, micro_batch.target_ids, reduction="none")
         logprobs.append(-nll.double().cpu())

@@ -7,11 +7,13 @@ from restem_lightning.m_step.export import (
     load_best,
     policy_hash,
 )
+from restem_lightning.m_step.lora import LoraParams
 from restem_lightning.m_step.module import PolicyModule
 from restem_lightning.m_step.stopping import resume_checkpoint, stop_callbacks
 
 __all__ = [
     "AcceptedDataModule",
+    "LoraParams",
     "PolicyModule",
     "check_policy_folder",
     "export_policy",

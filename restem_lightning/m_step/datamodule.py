@@ -79,8 +79,8 @@ class StepLoader:
         sequences: list[TrainingSequence],
         *,
         batch_size: int,
-        row_tokens: int,
         tokens_per_micro_batch: int,
+        shared_prompts: bool,
         seed: int,
         rank: int,
         num_ranks: int,
@@ -88,8 +88,8 @@ class StepLoader:
         """Holds the sequences; the arguments are those of `AcceptedDataModule`."""
         self.sequences = sequences
         self.batch_size = batch_size
-        self.row_tokens = row_tokens
         self.tokens_per_micro_batch = tokens_per_micro_batch
+        self.shared_prompts = shared_prompts
         self.seed = seed
         self.rank = rank
         self.num_ranks = num_ranks
@@ -114,8 +114,8 @@ class StepLoader:
             self.next_step += 1
             yield pack_step(
                 [self.sequences[index] for index in order[at : at + self.batch_size]],
-                row_tokens=self.row_tokens,
                 tokens_per_micro_batch=self.tokens_per_micro_batch,
+                shared_prompts=self.shared_prompts,
                 rank=self.rank,
                 num_ranks=self.num_ranks,
             )
@@ -137,8 +137,9 @@ class AcceptedDataModule(LightningDataModule):
         accepted: str | None = None,
         *,
         batch_size: int = 64,
-        row_tokens: int | None = None,
+        max_sequence_tokens: int | None = None,
         tokens_per_micro_batch: int = 4096,
+        shared_prompt_packing: bool = True,
         seed: int = 0,
     ) -> None:
         """Sets what an optimizer step holds; memory knobs change no result.
@@ -148,11 +149,13 @@ class AcceptedDataModule(LightningDataModule):
                 done.
             batch_size: sequences per optimizer step over all ranks, at least 1; the last step of an
                 epoch takes what is left.
-            row_tokens: most tokens of a packed row, at least 2; longer sequences are dropped with a
-                warning. null = the longest sequence of the accepted dataset, so nothing is
-                dropped.
+            max_sequence_tokens: most tokens of prompt and completion, at least 2; longer sequences
+                are dropped with a warning. null = nothing is dropped.
             tokens_per_micro_batch: most tokens that go through the model at once on one rank (at
-                least one row does); lower it if memory runs out.
+                least one sequence does); lower it if memory runs out.
+            shared_prompt_packing: whether what the prompts of a micro-batch begin with alike
+                (few-shot preamble, question of several completions) goes through the model once.
+                Gradients are the same up to rounding; false saves nothing but shows that.
             seed: seed of the shuffle, 0 or more; each epoch has its own order.
 
         Raises:
@@ -161,7 +164,7 @@ class AcceptedDataModule(LightningDataModule):
         super().__init__()
         for name, value, least in (
             ("batch_size", batch_size, 1),
-            ("row_tokens", row_tokens, 2),
+            ("max_sequence_tokens", max_sequence_tokens, 2),
             ("tokens_per_micro_batch", tokens_per_micro_batch, 1),
             ("seed", seed, 0),
         ):
@@ -169,8 +172,9 @@ class AcceptedDataModule(LightningDataModule):
                 raise UserError(f"{name} ({value}) must be at least {least}; raise it")
         self.accepted = accepted
         self.batch_size = batch_size
-        self.row_tokens = row_tokens
+        self.max_sequence_tokens = max_sequence_tokens
         self.tokens_per_micro_batch = tokens_per_micro_batch
+        self.shared_prompt_packing = shared_prompt_packing
         self.seed = seed
 
     def train_dataloader(self) -> StepLoader:
@@ -183,17 +187,17 @@ class AcceptedDataModule(LightningDataModule):
             raise UserError("accepted (null) must be a parquet file; set data.accepted")
         sequences = read_accepted(self.accepted)
         longest = max(len(sequence.ids) for sequence in sequences)
-        row_tokens = self.row_tokens or longest
-        kept = [sequence for sequence in sequences if len(sequence.ids) <= row_tokens]
+        most = self.max_sequence_tokens or longest
+        kept = [sequence for sequence in sequences if len(sequence.ids) <= most]
         dropped = len(sequences) - len(kept)
         if not kept:
             raise UserError(
-                f"row_tokens ({row_tokens}) is less than every sequence of {self.accepted};"
+                f"max_sequence_tokens ({most}) is less than every sequence of {self.accepted};"
                 f" raise it to {longest}, the longest"
             )
         if dropped:
             rank_zero_warn(
-                f"row_tokens ({row_tokens}) drops {dropped} of {len(sequences)} sequences;"
+                f"max_sequence_tokens ({most}) drops {dropped} of {len(sequences)} sequences;"
                 f" the longest has {longest} tokens"
             )
         strategy = self.trainer.strategy if self.trainer is not None else None
@@ -203,8 +207,8 @@ class AcceptedDataModule(LightningDataModule):
         return StepLoader(
             kept,
             batch_size=self.batch_size,
-            row_tokens=row_tokens,
             tokens_per_micro_batch=self.tokens_per_micro_batch,
+            shared_prompts=self.shared_prompt_packing,
             seed=self.seed,
             rank=ranks["rank"],
             num_ranks=ranks["num_replicas"],

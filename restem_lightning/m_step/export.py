@@ -4,12 +4,15 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch import LightningModule
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -19,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from restem_lightning.errors import UserError
+from restem_lightning.m_step.weights import policy_weights, whole
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -30,17 +34,21 @@ def export_policy(
     destination: str | Path,
     *,
     source_policy: str | Path,
+    file_bytes: int = 5 << 30,
 ) -> None:
     """Writes the module's weights as a policy folder; call it on every rank.
 
-    Rank 0 writes beside the destination, reads it back, compares every parameter and the logits of
-    a probe, and renames it into place. What was at the destination is replaced. Weights keep their
-    training dtype; everything else (tokenizer, chat template, EOS) comes from the source policy.
+    Weights are gathered one at a time, adapters merged, and go to rank 0's CPU, a file's worth at
+    once. Rank 0 writes beside the destination, compares each file with what was gathered and
+    the folder's logits with those of the module on a probe, and renames it into place. What was at
+    the destination is replaced. Weights keep their training dtype; everything else (tokenizer,
+    chat template, EOS) comes from the source policy.
 
     Args:
         module: the trained module, sharded or not.
         destination: the folder to make.
         source_policy: policy folder that training started from.
+        file_bytes: most bytes of a weights file; a single weight may have more.
 
     Raises:
         UserError: if the source policy is not a whole policy folder.
@@ -49,15 +57,16 @@ def export_policy(
     check_policy_folder(source_policy)
     model = module.model if isinstance(module, LightningModule) else module
     probe = _probe_logits(model)
-    weights = get_model_state_dict(
-        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        destination = Path(destination)
-        partial = destination.with_name(destination.name + ".partial")
+    writes = not dist.is_initialized() or dist.get_rank() == 0
+    destination = Path(destination)
+    partial = destination.with_name(destination.name + ".partial")
+    if writes:
         shutil.rmtree(partial, ignore_errors=True)
-        _write(weights, partial, Path(source_policy))
-        _verify(partial, weights, probe)
+        partial.mkdir(parents=True)
+        _copy_rest(Path(source_policy), partial, model)
+    _write_weights(model, partial if writes else None, file_bytes)
+    if writes:
+        _check_logits(partial, probe)
         _sync(partial)
         shutil.rmtree(destination, ignore_errors=True)
         partial.rename(destination)
@@ -144,26 +153,90 @@ def _probe_logits(model: PreTrainedModel) -> Tensor:
     return logits
 
 
-def _write(weights: dict[str, Tensor], folder: Path, source: Path) -> None:
-    dtype = next(iter(weights.values())).dtype
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    model.load_state_dict(weights)
-    model.save_pretrained(folder)
+def _copy_rest(source: Path, folder: Path, model: PreTrainedModel) -> None:
+    """Copies all of a policy folder but its weights, whose dtype goes into the config."""
     for file in source.iterdir():
         is_weights = file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json")
-        if file.is_file() and not is_weights and file.name != "config.json":
+        if file.is_file() and not is_weights:
             shutil.copyfile(file, folder / file.name)
+    config = json.loads((source / "config.json").read_text())
+    config.pop("torch_dtype", None)  # its name before transformers 5
+    config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _verify(folder: Path, weights: dict[str, Tensor], probe: Tensor) -> None:
+def _write_weights(model: PreTrainedModel, folder: Path | None, file_bytes: int) -> None:
+    """Writes weights and persistent buffers, an index too if they take more than one file.
+
+    Args:
+        model: gathered by all ranks.
+        folder: where to; None on a rank that only takes part.
+        file_bytes: most bytes of a file.
+    """
+    files: list[list[str]] = []  # the names in each
+    held: dict[str, Tensor] = {}
+    total = 0
+
+    def close_file() -> None:
+        files.append(list(held))
+        _save_checked(held, folder / f"part-{len(files)}.safetensors")
+        held.clear()
+
+    for name, weight in _all_weights(model):
+        if folder is None:
+            continue
+        if held and sum(map(_num_bytes, held.values())) + _num_bytes(weight) > file_bytes:
+            close_file()
+        held[name] = weight.to("cpu").contiguous()
+        total += _num_bytes(weight)
+    if folder is None:
+        return
+    close_file()
+    places = {}
+    for number, names in enumerate(files, 1):
+        part = f"model-{number:05}-of-{len(files):05}.safetensors"
+        part = part if len(files) > 1 else "model.safetensors"
+        (folder / f"part-{number}.safetensors").rename(folder / part)
+        places |= dict.fromkeys(names, part)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _all_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    yield from policy_weights(model)
+    persistent = model.state_dict()
+    yield from ((name, whole(each)) for name, each in model.named_buffers() if name in persistent)
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _save_checked(weights: dict[str, Tensor], file: Path) -> None:
+    """Writes a file of weights and reads it back.
+
+    Raises:
+        RuntimeError: what was read back differs.
+    """
+    save_file(weights, file, metadata={"format": "pt"})
+    with safe_open(file, framework="pt") as saved:
+        names = set(saved.keys()) ^ set(weights)
+        names |= {n for n, each in weights.items() if not torch.equal(saved.get_tensor(n), each)}
+    if names:
+        raise RuntimeError(f"{file} differs from the trained weights in {sorted(names)}")
+
+
+def _check_logits(folder: Path, probe: Tensor) -> None:
+    """Loads the folder as a user would.
+
+    Raises:
+        RuntimeError: it is not what was trained.
+    """
     check_policy_folder(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=next(iter(weights.values())).dtype)
-    saved = model.state_dict()
-    differing = [name for name, value in weights.items() if not torch.equal(saved[name], value)]
-    if differing or saved.keys() != weights.keys():
-        raise RuntimeError(f"{folder} differs from the trained weights in {differing or 'names'}")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     error = (_probe_logits(model) - probe).abs().max() / probe.abs().max()
-    if not error <= _LOGIT_TOLERANCE[probe.dtype]:
+    if not error <= _LOGIT_TOLERANCE[model.dtype]:
         raise RuntimeError(f"{folder} gives other logits than the trained model, by {error:.1e}")
 
 

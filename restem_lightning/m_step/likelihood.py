@@ -1,17 +1,21 @@
 """Log-likelihoods of whole completions under a causal language model.
 
-Shape legend: S sequences, B rows of a batch, T tokens of a row, N target tokens.
+Shape legend: S sequences.
 """
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from restem_lightning.m_step.module import target_logits
-from restem_lightning.m_step.packing import MicroBatch, TrainingSequence
+from restem_lightning.m_step.loss import target_logits
+from restem_lightning.m_step.packing import (
+    TrainingSequence,
+    pack_step,
+    prompt_order,
+    to_device,
+)
 
 
 def sequence_logprobs(
@@ -19,30 +23,15 @@ def sequence_logprobs(
 ) -> Tensor:
     """Returns each sequence's log-probability of its completion given its prompt, float32 [S].
 
-    The sequences go through the model together, one to a row, padded on the right.
+    The sequences go through the model together; what their prompts begin with alike goes once.
     """
-    longest = max(len(sequence.ids) for sequence in sequences)
-    ids = np.zeros((len(sequences), longest), dtype=np.int64)
-    index, targets, rows = [], [], []
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence.ids)] = sequence.ids
-        first, end = sequence.prompt_length - 1, len(sequence.ids) - 1
-        index.append(np.arange(first, end) + row * longest)
-        targets.append(sequence.ids[sequence.prompt_length :].astype(np.int64))
-        rows.append(np.full(end - first, row))
-    row_of, target_ids, target_index = (
-        torch.from_numpy(np.concatenate(parts)).to(device) for parts in (rows, targets, index)
-    )
-    batch = MicroBatch(
-        input_ids=torch.from_numpy(ids).to(device),
-        position_ids=torch.arange(longest, device=device).expand(len(sequences), -1),
-        target_index=target_index,
-        target_ids=target_ids,
-        target_weights=torch.ones_like(target_ids, dtype=torch.float32),
-        target_lengths=torch.bincount(row_of)[row_of],
-    )
+    num_tokens = sum(len(sequence.ids) for sequence in sequences)
+    (packed,) = pack_step(sequences, tokens_per_micro_batch=num_tokens).micro_batches
+    batch, order = to_device(packed, device), prompt_order(sequences)
+    lengths = torch.tensor([sequences[index].completion_length for index in order])
+    row_of = torch.tensor(order).repeat_interleave(lengths).to(device)
     logprobs = target_logits(model, batch).float().log_softmax(-1)
-    taken = logprobs.gather(1, target_ids[:, None])[:, 0]
+    taken = logprobs.gather(1, batch.target_ids[:, None])[:, 0]
     return torch.zeros(len(sequences), device=device).index_add(0, row_of, taken)
 
 
@@ -58,15 +47,18 @@ def all_logprobs(
 
     Args:
         model: in any mode; it has no dropout.
-        sequences: in any order; similar lengths share a batch.
+        sequences: in any order; those with alike prompts share a batch.
         device: of the model.
-        tokens_per_batch: most tokens of a batch, padding included; one sequence always goes.
+        tokens_per_batch: most tokens of a batch; one sequence always goes.
     """
-    order = sorted(range(len(sequences)), key=lambda number: len(sequences[number].ids))
-    result = torch.zeros(len(sequences))
-    while order:
-        longest = len(sequences[order[-1]].ids)
-        size = max(1, tokens_per_batch // longest)
-        order, some = order[:-size], order[-size:]
+    result, some, total = torch.zeros(len(sequences)), [], 0
+    for index in prompt_order(sequences):
+        length = len(sequences[index].ids)
+        if some and total + length > tokens_per_batch:
+            result[some] = sequence_logprobs(model, [sequences[n] for n in some], device).cpu()
+            some, total = [], 0
+        some.append(index)
+        total += length
+    if some:
         result[some] = sequence_logprobs(model, [sequences[n] for n in some], device).cpu()
     return result

@@ -1,117 +1,27 @@
-"""The M-step as a LightningModule: weighted maximum likelihood on completion tokens.
-
-Shape legend: B rows of a micro-batch, T tokens of a row, N target tokens, V vocabulary.
-"""
+"""The M-step as a LightningModule: weighted maximum likelihood on completion tokens."""
 
 import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ParallelStrategy
-from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from restem_lightning.errors import UserError
 from restem_lightning.m_step.export import check_policy_folder
-from restem_lightning.m_step.fsdp import shard_policy
-from restem_lightning.m_step.packing import MicroBatch, StepBatch
+from restem_lightning.m_step.fsdp import decoder_layers, shard_policy
+from restem_lightning.m_step.lora import LoraParams, add_adapters, start_adapters
+from restem_lightning.m_step.loss import LossNorm, target_factors
+from restem_lightning.m_step.optimization import Schedule, clip_gradients, learning_rate_factor
+from restem_lightning.m_step.packing import StepBatch
+from restem_lightning.m_step.probe import check_packing
+from restem_lightning.m_step.weights import empty_policy, load_policy, read_weights
 
-LossNorm = Literal["token", "sequence"]
-Schedule = Literal["constant", "linear", "cosine"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Share of the largest logit. Measured in float32: at most 4e-7 where packing is right (9 families),
-# 0.006 to 1 for Bloom, Falcon, Mamba and LFM2. TF32 needs the room between.
-_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-
-
-def load_policy(policy: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Returns the policy in training mode, without dropout and without a KV cache.
-
-    Attention is SDPA, or eager for models that cap attention logits (Gemma 2), which SDPA cannot.
-    """
-    config = AutoConfig.from_pretrained(policy)
-    for name, value in vars(config).items():
-        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
-            setattr(config, name, 0.0)
-    config.use_cache = False
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
-    model = AutoModelForCausalLM.from_pretrained(
-        policy, config=config, dtype=dtype, attn_implementation="eager" if capped else "sdpa"
-    )
-    return model.train()
-
-
-def target_logits(model: PreTrainedModel, micro_batch: MicroBatch) -> Tensor:
-    """Returns the logits at the targets, [N, V], through the model's own forward.
-
-    The other positions are dropped at the LM head's input: prompt and padding never cost a
-    vocabulary-sized row, and whatever the architecture does to logits (softcapping, scaling) still
-    happens. There is no attention mask: transformers derives each layer's (causal, per sequence,
-    with its sliding window) from the restarts in the positions.
-    """
-    index = micro_batch.target_index
-    hook = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, args: (args[0].flatten(0, 1).index_select(0, index),)
-    )
-    try:
-        return model(
-            input_ids=micro_batch.input_ids,
-            position_ids=micro_batch.position_ids,
-            use_cache=False,
-        ).logits
-    finally:
-        hook.remove()
-
-
-def micro_batch_loss(
-    model: PreTrainedModel, micro_batch: MicroBatch, batch: StepBatch, loss_norm: LossNorm
-) -> Tensor:
-    """Returns this micro-batch's share of the optimizer step's loss; the shares add up to it.
-
-    With nll the negative log-likelihood of a completion token and w its sequence's weight:
-    "token" is sum(w * nll) / number of target tokens, "sequence" is the mean over sequences of
-    w * mean(nll). Counts are of the whole optimizer step over all ranks, of non-zero weight.
-    Source: arXiv 2312.06585, algorithm 1 (reward-weighted likelihood; its norm is not stated).
-    """
-    logits = target_logits(model, micro_batch).float()
-    nll = F.cross_entropy(logits, micro_batch.target_ids, reduction="none")
-    weighted = nll * micro_batch.target_weights
-    if loss_norm == "token":
-        return weighted.sum() / max(1, batch.num_target_tokens)
-    return (weighted / micro_batch.target_lengths).sum() / max(1, batch.num_sequences)
-
-
-def clip_gradients(parameters: list[Tensor], max_norm: float | None) -> Tensor:
-    """Scales gradients to a global L2 norm of at most max_norm; returns the norm before.
-
-    The norm is over all ranks' shards: for DTensors torch may leave the sum pending, and
-    `full_tensor` completes it.
-    """
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    if max_norm is not None:
-        clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
-
-
-def learning_rate_factor(
-    step: int, *, warmup_steps: int, total_steps: float, schedule: Schedule
-) -> float:
-    """Returns the share of the peak learning rate at an optimizer step (0-based), in (0, 1]."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if schedule == "constant":
-        return 1.0
-    left = (total_steps - step) / max(1, total_steps - warmup_steps)
-    return left if schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
 
 
 class PolicyModule(LightningModule):
@@ -131,6 +41,9 @@ class PolicyModule(LightningModule):
         loss_norm: LossNorm = "token",
         dtype: Literal["float32", "bfloat16"] = "float32",
         activation_checkpointing: bool = False,
+        reshard_after_forward: bool = True,
+        compile: bool = False,
+        lora: LoraParams | None = None,
     ) -> None:
         """Sets how the policy is fine-tuned. Dropout is always off.
 
@@ -150,9 +63,18 @@ class PolicyModule(LightningModule):
             dtype: of parameters, gradients and Adam's moments. "float32" with
                 trainer.precision=bf16-mixed computes in bfloat16 and keeps float32 weights (16
                 bytes per parameter); "bfloat16" with the default precision keeps all in bfloat16
-                (8 bytes per parameter; updates below 1/256 of a weight are lost).
+                (8 bytes per parameter; updates below 1/256 of a weight are lost). Under FSDP
+                bf16-mixed gathers weights in bfloat16; gradients are summed over ranks in float32
+                always.
             activation_checkpointing: recompute each layer in the backward pass: less memory, about
                 a third more time.
+            reshard_after_forward: under FSDP, true = a layer's weights are gathered for its forward
+                pass and again for its backward pass, and gradients are summed up after each
+                micro-batch (least memory); false = each rank keeps whole weights and gradients
+                until the optimizer step, for which both travel once.
+            compile: torch.compile of each decoder layer but its attention: minutes at the start.
+            lora: low-rank adapters instead of all weights, e.g. {r: 16, alpha: 32}; null = all
+                weights. start_from then names the weights under fresh adapters.
 
         Raises:
             UserError: if a value is not allowed.
@@ -181,10 +103,13 @@ class PolicyModule(LightningModule):
         self.loss_norm = loss_norm
         self.dtype_name = dtype
         self.activation_checkpointing = activation_checkpointing
+        self.reshard_after_forward = reshard_after_forward
+        self.compile_layers = compile
+        self.lora = lora
         self.model: PreTrainedModel | None = None
 
     def configure_model(self) -> None:
-        """Loads the policy, and shards it under ModelParallelStrategy; a second call does nothing.
+        """Loads the policy, sharded under ModelParallelStrategy; a second call does nothing.
 
         Raises:
             UserError: if the policy folder is not whole, or tensor parallelism is asked for.
@@ -192,16 +117,33 @@ class PolicyModule(LightningModule):
         if self.model is not None:
             return
         check_policy_folder(self.policy)
-        model = load_policy(self.policy, _DTYPES[self.dtype_name])
+        dtype, mesh = _DTYPES[self.dtype_name], self.device_mesh
+        if mesh is not None and (size := mesh["tensor_parallel"].size()) > 1:
+            raise UserError(
+                f"tensor_parallel_size ({size}) must be 1; set data_parallel_size to the number of"
+                " devices"
+            )
+        model = (
+            load_policy(self.policy, dtype) if mesh is None else empty_policy(self.policy, dtype)
+        )
+        if self.lora is not None:
+            add_adapters(model, self.lora)
         if self.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        if self.device_mesh is not None:
-            if (size := self.device_mesh["tensor_parallel"].size()) > 1:
-                raise UserError(
-                    f"tensor_parallel_size ({size}) must be 1; set data_parallel_size to the"
-                    " number of devices"
-                )
-            shard_policy(model, self.device_mesh["data_parallel"])
+        if self.compile_layers:
+            for layer in decoder_layers(model):  # inside of what FSDP does around a layer
+                layer.forward = torch.compile(layer.forward, dynamic=True)
+        if mesh is not None:
+            half = str(self.trainer.precision) == "bf16-mixed"
+            shard_policy(
+                model,
+                mesh["data_parallel"],
+                compute_dtype=torch.bfloat16 if half else None,
+                reshard_after_forward=self.reshard_after_forward,
+            )
+            read_weights(model, self.policy, self.trainer.strategy.root_device)
+        if self.lora is not None:
+            start_adapters(model, self.lora.seed)
         self.model = model
 
     def configure_optimizers(self) -> AdamW:
@@ -246,7 +188,8 @@ class PolicyModule(LightningModule):
             )
         self._total_steps = total_steps
         self._warmup_steps = round(self.warmup_fraction * total_steps) if needs_end else 0
-        check_packing(self.model, self.device)
+        with self.trainer.precision_plugin.forward_context():
+            check_packing(self.model, self.device)
 
     def training_step(self, batch: StepBatch, batch_index: int) -> None:
         """One optimizer step: backward per micro-batch, clip, AdamW."""
@@ -254,8 +197,9 @@ class PolicyModule(LightningModule):
         num_ranks = strategy.world_size if isinstance(strategy, ParallelStrategy) else 1
         loss = torch.zeros((), device=self.device)
         for index, micro_batch in enumerate(batch.micro_batches):
-            part = micro_batch_loss(self.model, micro_batch, batch, self.loss_norm)
+            factors = target_factors(micro_batch, batch, self.loss_norm)
             with self._gradient_sync(index == len(batch.micro_batches) - 1):
+                part = self.model.weighted_loss(micro_batch, factors)
                 self.manual_backward(part * num_ranks)  # strategies average over ranks
             loss += part.detach()
         norm = clip_gradients(list(self.parameters()), self.gradient_clip_norm)
@@ -286,37 +230,14 @@ class PolicyModule(LightningModule):
         """
 
     def _gradient_sync(self, is_last: bool) -> AbstractContextManager[None]:
-        """Ranks add up their gradients once per optimizer step, at the last micro-batch."""
+        """Ranks sum up gradients at the last micro-batch; with resharding FSDP does at each."""
         if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(is_last)
+            shares = is_last or self.reshard_after_forward
+            self.model.set_requires_gradient_sync(shares)
+            self.model.set_reshard_after_backward(shares)
         elif not is_last and isinstance(self.trainer.strategy, ParallelStrategy):
             return self.trainer.strategy.block_backward_sync()
         return nullcontext()
-
-
-@torch.no_grad()
-def check_packing(model: PreTrainedModel, device: torch.device) -> None:
-    """Checks on 16 tokens that a packed sequence gets the logits that it gets alone.
-
-    Layers that carry state along the row (convolutions, recurrences) or count positions by
-    themselves (ALiBi) would leak one sequence into the next; they show here.
-
-    Raises:
-        UserError: if they differ.
-    """
-    size = 8
-    ids = torch.arange(2 * size, device=device)[None] % model.config.get_text_config().vocab_size
-    positions = torch.arange(size, device=device).repeat(1, 2)
-    model.eval()
-    packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, size:]
-    alone = model(input_ids=ids[:, size:], position_ids=positions[:, size:], use_cache=False).logits
-    model.train()
-    error = (packed - alone).abs().max() / alone.abs().max()
-    if not error <= _PROBE_TOLERANCE[alone.dtype]:
-        raise UserError(
-            f"policy architecture ({type(model).__name__}) mixes packed sequences (logits differ by"
-            f" {error:.1e}); attention-only decoders are supported; use another policy"
-        )
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

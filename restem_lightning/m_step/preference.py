@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from restem_lightning.m_step.fsdp import shard_policy
 from restem_lightning.m_step.likelihood import all_logprobs, sequence_logprobs
-from restem_lightning.m_step.module import clip_gradients, load_policy
+from restem_lightning.m_step.optimization import clip_gradients
 from restem_lightning.m_step.packing import TrainingSequence
+from restem_lightning.m_step.weights import load_policy
 
 
 class PairSet(NamedTuple):

@@ -5,22 +5,32 @@ Usage: torchrun ... fsdp_worker.py '{"case": {"strategy", "policy", "accepted", 
 
 import contextlib
 import json
+import os
+import resource
 import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.device_mesh import init_device_mesh
 
 from restem_lightning.m_step import (
     AcceptedDataModule,
+    LoraParams,
     PolicyModule,
     export_policy,
     load_best,
     resume_checkpoint,
     stop_callbacks,
 )
+from restem_lightning.m_step.fsdp import shard_policy
+from restem_lightning.m_step.shards import local
+from restem_lightning.m_step.weights import empty_policy, policy_weights, read_weights
+
+NUM_RANKS = int(os.environ["WORLD_SIZE"])
 
 
 class Watch(pl.Callback):
@@ -43,7 +53,7 @@ def strategy(name):
     if name == "ddp":
         return DDPStrategy()
     return ModelParallelStrategy(
-        data_parallel_size=2,
+        data_parallel_size=NUM_RANKS,
         tensor_parallel_size=1,
         save_distributed_checkpoint=name == "fsdp",
     )
@@ -53,10 +63,13 @@ def run(case, die_at=None):
     folder = Path(case["folder"])
     watch = Watch(die_at)
     callbacks = stop_callbacks("best", folder=folder / "m_step")
-    module = PolicyModule(case["policy"], **case["module"])
+    settings = dict(case["module"])
+    if "lora" in settings:
+        settings["lora"] = LoraParams(**settings["lora"])
+    module = PolicyModule(case["policy"], **settings)
     trainer = pl.Trainer(
         accelerator="cpu",
-        devices=2,
+        devices=NUM_RANKS,
         strategy=strategy(case["strategy"]),
         callbacks=[watch, *callbacks],
         logger=False,
@@ -79,10 +92,35 @@ def run(case, die_at=None):
         (folder / "result.json").write_text(json.dumps(result))
 
 
+def measure_loading(policy, result):
+    """Writes what loading a policy in shards took on each rank, and what whole weights are."""
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (NUM_RANKS,))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = empty_policy(policy, torch.float32)
+    shard_policy(model, mesh)
+    read_weights(model, policy, torch.device("cpu"))
+    seen = {
+        "peak_bytes": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before),
+        "local_bytes": sum(4 * local(each).numel() for each in model.parameters()),
+        "whole_bytes": sum(4 * each.numel() for each in model.parameters()),
+    }
+    gathered = [None] * NUM_RANKS
+    dist.all_gather_object(gathered, seen)
+    weights = {name: each.norm().item() for name, each in policy_weights(model)}
+    if dist.get_rank() == 0:
+        Path(result).write_text(json.dumps({"ranks": gathered, "norms": weights}))
+    dist.destroy_process_group()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for each in json.loads(sys.argv[1]).values():
+    cases = json.loads(sys.argv[1])
+    if loading := cases.pop("loading", None):  # first: the peak is that of the process so far
+        measure_loading(**loading)
+    for each in cases.values():
         if "die_at" in each:
             with contextlib.suppress(InterruptedError):
                 run(each, each["die_at"])
-        run(each)
+        if not each.get("stays_dead"):
+            run(each)

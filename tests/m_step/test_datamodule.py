@@ -11,7 +11,7 @@ def batches(loader):
 
 def test_rows_are_read_as_written_weights_and_eos_included(make_accepted):
     path = make_accepted([([5, 6], [7, 1], 2.0), ([8], [9, 10, 1], 0.5)])
-    (batch,) = AcceptedDataModule(str(path), row_tokens=16).train_dataloader()
+    (batch,) = AcceptedDataModule(str(path)).train_dataloader()
     (micro_batch,) = batch.micro_batches
     targets, weights = micro_batch.target_ids.tolist(), micro_batch.target_weights.tolist()
     assert sorted(zip(targets, weights, strict=True)) == [
@@ -55,11 +55,11 @@ def test_missing_file_and_missing_setting_are_refused(tmp_path):
 def test_sequences_longer_than_a_row_are_dropped_with_a_count(make_accepted):
     path = make_accepted([([2] * 9, [1], 1.0), ([2], [1], 1.0)])
     with pytest.warns(UserWarning, match="drops 1 of 2"):
-        loader = AcceptedDataModule(str(path), row_tokens=5).train_dataloader()
+        loader = AcceptedDataModule(str(path), max_sequence_tokens=5).train_dataloader()
     assert len(loader.sequences) == 1
     with pytest.raises(UserError, match="raise it to 10"):
         AcceptedDataModule(
-            str(make_accepted([([2] * 9, [1], 1.0)])), row_tokens=5
+            str(make_accepted([([2] * 9, [1], 1.0)])), max_sequence_tokens=5
         ).train_dataloader()
 
 

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from restem_lightning.errors import UserError
 from restem_lightning.m_step import check_policy_folder, export_policy, policy_hash
-from restem_lightning.m_step.export import _verify
+from restem_lightning.m_step.export import _check_logits
 
 IDS = torch.tensor([[5, 9, 2, 33]])
 
@@ -51,18 +51,27 @@ def test_export_replaces_a_half_written_folder(make_policy, tmp_path):
     assert policy_hash(out) == policy_hash(policy)
 
 
-def test_export_refuses_what_does_not_read_back(make_policy):
+def test_export_refuses_a_folder_with_other_logits(make_policy):
     policy = make_policy()
-    model = AutoModelForCausalLM.from_pretrained(policy)
     with torch.no_grad():
-        probe = model(torch.arange(8)[None]).logits
-    _verify(policy, model.state_dict(), probe)
+        probe = AutoModelForCausalLM.from_pretrained(policy)(torch.arange(8)[None]).logits
+    _check_logits(policy, probe)
     with pytest.raises(RuntimeError, match="logits"):
-        _verify(policy, model.state_dict(), probe + probe.flip(-1))
-    changed = {name: value.clone() for name, value in model.state_dict().items()}
-    changed["model.norm.weight"] += 1e-6
-    with pytest.raises(RuntimeError, match=r"model\.norm\.weight"):
-        _verify(policy, changed, probe)
+        _check_logits(policy, probe + probe.flip(-1))
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_a_policy_of_several_files_is_the_policy_of_one(make_policy, tmp_path, tie):
+    policy = make_policy(tie=tie)
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    export_policy(model, tmp_path / "out", source_policy=policy, file_bytes=10_000)
+    sizes = [file.stat().st_size for file in (tmp_path / "out").glob("model-*.safetensors")]
+    assert len(sizes) > 2
+    assert max(sizes) < 12_000  # the header comes on top
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert reloaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(reloaded[name], value) for name, value in model.state_dict().items())
+    assert policy_hash(tmp_path / "out") != policy_hash(policy)  # a hash of files
 
 
 def test_policy_hash_depends_on_weights_config_and_tokenizer(make_policy):

@@ -8,16 +8,19 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from restem_lightning.errors import UserError
-from restem_lightning.m_step import export_policy, load_best, policy_hash, stop_callbacks
+from restem_lightning.m_step import LoraParams, export_policy, load_best, stop_callbacks
+from restem_lightning.m_step.export import policy_hash
 from restem_lightning.m_step.fsdp import shard_policy
+from restem_lightning.m_step.weights import empty_policy, load_policy, read_weights
 
 WORKER = Path(__file__).with_name("fsdp_worker.py")
 # A large eps, or Adam would hide a wrong scale of the gradients.
 MODULE = {"learning_rate": 1e-2, "gradient_clip_norm": 0.5, "schedule": "linear", "eps": 0.01}
 DATA = {"batch_size": 8, "tokens_per_micro_batch": 24}
+LORA = {"r": 4, "alpha": 16}
 
 
 class BestAtFour(pl.Callback):
@@ -31,16 +34,16 @@ class BestAtFour(pl.Callback):
         pl_module.log("val_reward", float(trainer.global_step == 4))
 
 
-def run_two_ranks(cases):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
+def run_ranks(num_ranks, cases):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, *command, json.dumps(cases)],
+        [sys.executable, *command, str(WORKER), json.dumps(cases)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -49,55 +52,135 @@ def parameters(folder):
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
-def test_two_ranks_train_and_export_like_one(make_policy, make_accepted, fit, tmp_path):
-    policies = {"plain": make_policy(), "tied": make_policy(name="tied", tie=True)}
-    accepted = make_accepted(size=22)  # the last optimizer step of an epoch is smaller
-    common = {"accepted": str(accepted), "module": MODULE, "data": DATA}
-    cases = {
-        "fsdp": {"strategy": "fsdp", "policy": "plain"},
-        "fsdp_one_file": {"strategy": "fsdp_one_file", "policy": "tied"},
-        "fsdp_killed": {"strategy": "fsdp", "policy": "plain", "die_at": 5},
-        "ddp": {"strategy": "ddp", "policy": "plain"},
-        "bf16": {"strategy": "fsdp", "policy": "plain", "precision": "bf16-mixed", "rtol": 0.03},
-    }
-    for name, case in cases.items():
-        case |= common | {"folder": str(tmp_path / name), "policy": str(policies[case["policy"]])}
-        (tmp_path / name).mkdir()
-    run_two_ranks(cases)
+@pytest.fixture
+def train_alone(make_accepted, fit, tmp_path):
+    """Trains as one process without FSDP; returns (losses, norms), exports best and final."""
 
-    for name, policy in policies.items():
-        watch, callbacks = BestAtFour(), stop_callbacks("best", folder=tmp_path / f"one_{name}")
-        module, losses, _ = fit(
+    def train(name, policy, accepted, module):
+        watch, callbacks = BestAtFour(), stop_callbacks("best", folder=tmp_path / name)
+        fitted, losses, _ = fit(
             policy,
             accepted,
-            module=MODULE,
+            module=module,
             data=DATA,
             callbacks=[watch, *callbacks],
             val_check_interval=2,
             check_val_every_n_epoch=None,
         )
-        export_policy(module, tmp_path / f"one_{name}" / "final", source_policy=policy)
-        load_best(module, callbacks[0].best_model_path)
-        export_policy(module, tmp_path / f"one_{name}" / "best", source_policy=policy)
+        export_policy(fitted, tmp_path / name / "final", source_policy=policy)
+        load_best(fitted, callbacks[0].best_model_path)
+        export_policy(fitted, tmp_path / name / "best", source_policy=policy)
         assert min(watch.norms) > MODULE["gradient_clip_norm"]  # clipping is at work
-        for case in [c for c in cases if cases[c]["policy"] == str(policy)]:
-            result = json.loads((tmp_path / case / "result.json").read_text())
-            assert result["steps"] == 6
-            seen, rtol = len(result["losses"]), cases[case].get("rtol", 1e-5)  # fewer after a kill
-            np.testing.assert_allclose(result["losses"], losses[-seen:], rtol, err_msg=case)
-            np.testing.assert_allclose(result["norms"], watch.norms[-seen:], 5 * rtol, err_msg=case)
-            for which in ("best", "final"):
-                one = parameters(tmp_path / f"one_{name}" / which)
-                two = parameters(tmp_path / case / which)
-                for key, value in one.items():
-                    torch.testing.assert_close(
-                        two[key], value, rtol=10 * rtol, atol=rtol, msg=f"{case} {key}"
-                    )
+        return losses, watch.norms
+
+    return train
+
+
+def test_ranks_train_resume_and_export_like_one(make_policy, make_accepted, train_alone, tmp_path):
+    accepted = make_accepted(size=22)  # the last optimizer step of an epoch is smaller
+    policies = {"plain": make_policy(), "tied": make_policy(name="tied", tie=True)}
+    whole = {"reshard_after_forward": False}
+    cases = {
+        "fsdp": {"strategy": "fsdp", "like": "plain"},
+        "fsdp_one_file": {"strategy": "fsdp_one_file", "like": "tied"},
+        "fsdp_killed": {"strategy": "fsdp", "like": "plain", "die_at": 5},
+        "fsdp_whole": {"strategy": "fsdp", "like": "tied", "module": whole},
+        "ddp": {"strategy": "ddp", "like": "plain"},
+        "bf16": {"strategy": "fsdp", "like": "plain", "precision": "bf16-mixed", "rtol": 0.03},
+        "lora": {"strategy": "fsdp", "like": "lora", "module": {"lora": LORA}},
+        "grown": {"strategy": "fsdp", "like": "plain", "die_at": 5, "stays_dead": True},
+        "four": {"strategy": "fsdp", "like": "tied"},
+    }
+    for name, case in cases.items():
+        policy = policies["tied" if case["like"] == "tied" else "plain"]
+        case |= {"accepted": str(accepted), "data": DATA, "folder": str(tmp_path / name)}
+        case |= {"module": MODULE | case.get("module", {}), "policy": str(policy)}
+        (tmp_path / name).mkdir()
+    four = {"four": cases["four"]}
+    run_ranks(2, {name: case for name, case in cases.items() if name not in four})
+    run_ranks(4, four | {"grown": cases["grown"] | {"stays_dead": False, "die_at": None}})
+
+    alone = {
+        like: train_alone(f"one_{like}", policies[policy], accepted, MODULE | extra)
+        for like, policy, extra in (
+            ("plain", "plain", {}),
+            ("tied", "tied", {}),
+            ("lora", "plain", {"lora": LoraParams(**LORA)}),
+        )
+    }
+    for name, case in cases.items():
+        losses, norms = alone[case["like"]]
+        result = json.loads((tmp_path / name / "result.json").read_text())
+        assert result["steps"] == 6
+        seen, rtol = len(result["losses"]), case.get("rtol", 1e-5)  # fewer after a kill
+        assert seen == (2 if "die_at" in case else 6)
+        np.testing.assert_allclose(result["losses"], losses[-seen:], rtol, err_msg=name)
+        np.testing.assert_allclose(result["norms"], norms[-seen:], 5 * rtol, err_msg=name)
+        for which in ("best", "final"):
+            one = parameters(tmp_path / f"one_{case['like']}" / which)
+            many = parameters(tmp_path / name / which)
+            assert many.keys() == one.keys()
+            for key, value in one.items():
+                torch.testing.assert_close(
+                    many[key], value, rtol=10 * rtol, atol=rtol, msg=f"{name} {key}"
+                )
     assert not list((tmp_path / "fsdp_one_file" / "m_step").glob("*/*"))
     assert policy_hash(tmp_path / "fsdp" / "best") != policy_hash(tmp_path / "fsdp" / "final")
     for which in ("best", "final"):
-        killed, whole = (tmp_path / name / which for name in ("fsdp_killed", "fsdp"))
-        assert policy_hash(killed) == policy_hash(whole)
+        killed, unhurt = (tmp_path / name / which for name in ("fsdp_killed", "fsdp"))
+        assert policy_hash(killed) == policy_hash(unhurt)
+
+
+def test_no_rank_holds_the_whole_model_while_it_loads(tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=16,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=32000,
+        tie_word_embeddings=True,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "policy", max_shard_size="100MB")
+    result = tmp_path / "loading.json"
+    run_ranks(4, {"loading": {"policy": str(tmp_path / "policy"), "result": str(result)}})
+    loaded = json.loads(result.read_text())
+    norms = {name: each.norm().item() for name, each in model.named_parameters()}
+    assert loaded["norms"] == pytest.approx(norms, rel=1e-6)
+    for rank in loaded["ranks"]:
+        assert rank["whole_bytes"] > 200e6
+        assert rank["local_bytes"] == pytest.approx(rank["whole_bytes"] / 4, rel=0.01)
+        # The shard, the pages of the file that it was copied from, and what the code itself takes.
+        assert rank["peak_bytes"] < 0.85 * rank["whole_bytes"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma2", "gemma3_text"])
+def test_an_empty_policy_with_its_weights_read_is_the_loaded_policy(make_policy, family, dtype):
+    policy = str(make_policy(family, tie=family.startswith("gemma")))
+    model = empty_policy(policy, dtype)
+    assert {each.device.type for each in model.parameters()} == {"meta"}
+    read_weights(model, policy, torch.device("cpu"))
+    loaded = load_policy(policy, dtype)
+    for kind in ("named_parameters", "named_buffers"):
+        ours, theirs = (dict(getattr(one, kind)()) for one in (model, loaded))
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, rtol=0, atol=0, msg=name)
+    ids = torch.arange(12)[None]
+    assert torch.equal(model(input_ids=ids).logits, loaded(input_ids=ids).logits)
+
+
+def test_a_folder_that_lacks_a_weight_is_refused_by_its_name(make_policy):
+    policy = make_policy()
+    config = AutoConfig.from_pretrained(policy)
+    config.num_hidden_layers = 3
+    config.save_pretrained(policy)
+    with pytest.raises(UserError, match=r"no weight model\.layers\.2"):
+        read_weights(empty_policy(str(policy), torch.float32), str(policy), torch.device("cpu"))
 
 
 def test_sharding_refuses_a_model_without_known_layers():

@@ -2,18 +2,15 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from restem_lightning.errors import UserError
 from restem_lightning.m_step import PolicyModule
-from restem_lightning.m_step.module import (
-    check_packing,
-    clip_gradients,
-    learning_rate_factor,
-    load_policy,
-    micro_batch_loss,
-)
+from restem_lightning.m_step.loss import target_factors, weighted_loss
+from restem_lightning.m_step.optimization import clip_gradients, learning_rate_factor
 from restem_lightning.m_step.packing import TrainingSequence, pack_step
+from restem_lightning.m_step.probe import check_packing
+from restem_lightning.m_step.weights import load_policy
 
 EOS = 1
 
@@ -26,14 +23,12 @@ def random_sequences(count=9, seed=0):
     ]
 
 
-def step_loss(model, sequences, loss_norm="token", row_tokens=32, tokens_per_micro_batch=64):
-    batch = pack_step(
-        sequences, row_tokens=row_tokens, tokens_per_micro_batch=tokens_per_micro_batch
-    )
+def step_loss(model, sequences, loss_norm="token", tokens_per_micro_batch=64, **packing):
+    batch = pack_step(sequences, tokens_per_micro_batch=tokens_per_micro_batch, **packing)
     model.zero_grad()
     total = 0.0
     for micro_batch in batch.micro_batches:
-        part = micro_batch_loss(model, micro_batch, batch, loss_norm)
+        part = weighted_loss(model, micro_batch, target_factors(micro_batch, batch, loss_norm))
         part.backward()
         total += part.item()
     return total, {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -95,12 +90,12 @@ def test_prompt_tokens_are_context_and_never_targets(make_policy):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma2", "gemma3_text"])
 def test_packed_rows_give_the_loss_and_gradients_of_single_sequences(make_policy, family):
     model, sequences = load_policy(make_policy(family)), random_sequences()
-    packed_loss, packed = step_loss(model, sequences, row_tokens=48)
+    packed_loss, packed = step_loss(model, sequences)
     single_loss, single = 0.0, {}
     tokens = sum(s.completion_length for s in sequences)
     for sequence in sequences:
         share = sequence.completion_length / tokens
-        loss, gradients = step_loss(model, [sequence], row_tokens=len(sequence.ids))
+        loss, gradients = step_loss(model, [sequence])
         single_loss += share * loss
         single = {name: single.get(name, 0) + share * g for name, g in gradients.items()}
     assert packed_loss == pytest.approx(single_loss, rel=1e-5)
@@ -108,18 +103,66 @@ def test_packed_rows_give_the_loss_and_gradients_of_single_sequences(make_policy
         torch.testing.assert_close(packed[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("family", ["bloom", "falcon", "mamba"])
-def test_a_policy_that_leaks_between_packed_sequences_is_refused_by_name(family):
-    config = AutoConfig.for_model(
-        family, hidden_size=32, num_hidden_layers=2, vocab_size=64, num_attention_heads=4
-    )
-    torch.manual_seed(0)
-    leaky = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(UserError, match=type(leaky).__name__):
-        check_packing(leaky, torch.device("cpu"))
+def related_sequences():
+    """Completions of few prompts, which all begin with one preamble longer than any window."""
+    rng = np.random.default_rng(0)
+    preamble, sequences = rng.integers(2, 64, 37), []
+    for num_completions in (3, 1, 2):
+        question = rng.integers(2, 64, rng.integers(1, 20))
+        for _ in range(num_completions):
+            parts = preamble, question, rng.integers(2, 64, rng.integers(1, 9))
+            ids = np.concatenate(parts).astype(np.int32)
+            sequences.append(TrainingSequence(ids, len(ids) - len(parts[2]), float(rng.random())))
+    return [*sequences, TrainingSequence(rng.integers(2, 64, 9).astype(np.int32), 4, 1.0)]
 
 
-def test_one_micro_batch_of_eight_rows_trains_like_eight_of_one(make_policy, make_accepted, fit):
+@pytest.mark.parametrize("loss_norm", ["token", "sequence"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma2", "gemma3_text"])
+def test_shared_prompts_give_the_loss_and_gradients_of_unshared_ones(
+    make_policy, family, loss_norm
+):
+    model, sequences = load_policy(make_policy(family)), related_sequences()
+    size = {"tokens_per_micro_batch": 10_000}
+    plain_loss, plain = step_loss(model, sequences, loss_norm, shared_prompts=False, **size)
+    shared_loss, shared = step_loss(model, sequences, loss_norm, shared_prompts=True, **size)
+    assert shared_loss == pytest.approx(plain_loss, rel=1e-6)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(shared[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("bloom", {"n_layer": 2}, "attention interface"),
+        ("mamba", {"num_hidden_layers": 2}, "attention interface"),
+        ("lfm2", {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}, "conv"),
+    ],
+)
+def test_a_family_whose_attention_cannot_be_replaced_is_refused_by_name(
+    tmp_path, family, settings, message
+):
+    AutoConfig.for_model(family, **settings).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"does not support .*ForCausalLM: .*{message}"):
+        load_policy(str(tmp_path))
+
+
+def test_a_policy_that_leaks_between_packed_sequences_is_refused(make_policy):
+    model = load_policy(make_policy())
+    check_packing(model, torch.device("cpu"))
+    inner = model.base_model.forward
+    model.base_model.forward = lambda *args, packed=None, **rest: inner(*args, **rest)
+    with pytest.raises(UserError, match=r"LlamaForCausalLM.* mixes packed sequences"):
+        check_packing(model, torch.device("cpu"))
+
+
+def test_a_policy_with_unknown_logits_is_refused(make_policy):
+    model = load_policy(make_policy())
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits * 2)
+    with pytest.raises(UserError, match=r"LlamaForCausalLM.* logits"):
+        check_packing(model, torch.device("cpu"))
+
+
+def test_one_micro_batch_of_eight_trains_like_eight_of_one(make_policy, make_accepted, fit):
     policy, accepted = make_policy(), make_accepted()
     wide, wide_losses, _ = fit(policy, accepted, data={"tokens_per_micro_batch": 4096})
     narrow, narrow_losses, _ = fit(policy, accepted, data={"tokens_per_micro_batch": 1})
