@@ -19,6 +19,8 @@ NOUNS = (
     "per_iteration",
     "run_dir",
     "errors",
+    "procedural",
+    "selection.pairs",
 )
 SAMPLER = (
     "params",
@@ -35,7 +37,8 @@ SAMPLER = (
     "generation",
     "engine",
 )
-M_STEP = ("module", "datamodule", "fsdp", "export", "packing", "stopping", "optimizer_state")
+M_STEP = ("module", "datamodule", "fsdp", "export", "packing", "stopping", "optimizer_state",
+          "likelihood", "preference")  # fmt: skip
 
 
 def modules_after(statement):
