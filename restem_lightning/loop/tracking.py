@@ -50,7 +50,7 @@ class TrackingParams:
     Args:
         wandb_project: W&B project; null for no W&B.
         wandb_mode: online, offline to write the run below the run folder for `wandb sync`, or null
-            for what WANDB_MODE says (online if it says nothing).
+            for what WANDB_MODE says: online (as if it says nothing), offline, or disabled.
         wandb_name: name of the run, null for W&B's choice.
         wandb_timeout_s: most seconds that a run waits for the server when it begins, and again when
             it ends; a server that does not answer makes it go on offline.
@@ -111,7 +111,8 @@ class Tracker:
         """
         self.run, self._params, self._base = run, params, base
         self._questions, self._mirror = questions or {}, None
-        if params.wandb_project is None or rank_zero_only.rank != 0:
+        is_off = params.wandb_mode is None and os.environ.get("WANDB_MODE") == "disabled"
+        if params.wandb_project is None or is_off or rank_zero_only.rank != 0:
             return
         self._wandb = _import_wandb()
         self._journal = Journal(run.path / "tracking.jsonl")
