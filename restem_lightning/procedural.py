@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from typing import Any
 
 from restem_lightning.errors import UserError
@@ -120,7 +121,8 @@ def _survives_json(value: Any) -> bool:
 
 if __name__ == "__main__":
     try:
-        problems = generate(*json.loads(sys.argv[1]))
+        with redirect_stdout(sys.stderr):  # some tasks print while they generate
+            problems = generate(*json.loads(sys.argv[1]))
     except UserError as error:
         sys.exit(str(error))
     json.dump(problems, sys.stdout)

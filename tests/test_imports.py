@@ -19,6 +19,8 @@ NOUNS = (
     "per_iteration",
     "run_dir",
     "errors",
+    "procedural",
+    "selection.pairs",
 )
 SAMPLER = (
     "params",
@@ -40,12 +42,14 @@ M_STEP = (
     "datamodule",
     "export",
     "fsdp",
+    "likelihood",
     "lora",
     "loss",
     "module",
     "optimization",
     "optimizer_state",
     "packing",
+    "preference",
     "probe",
     "shards",
     "stopping",

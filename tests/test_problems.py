@@ -196,6 +196,10 @@ def test_generated_problems_are_the_same_at_every_call():
     assert {(p.split, p.source) for p in first} == {("s", "reasoning_gym")}
 
 
+def test_what_a_task_prints_while_it_generates_does_no_harm():
+    assert len(ReasoningGym("bf", seed=1, num=2).load()) == 2
+
+
 def test_neighbouring_seeds_generate_different_problems():
     train, held_out = (ReasoningGym("chain_sum", seed=seed, num=50).load() for seed in (1, 2))
     assert {p.question for p in train}.isdisjoint(p.question for p in held_out)

@@ -1,7 +1,12 @@
-"""The journal of a run's tracking: all that was ever sent, so that it can be sent again."""
+"""The journal of a run's tracking, all that was ever sent, and the thread that sends it."""
 
 import json
+import queue
+import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,3 +54,48 @@ class Journal:
         self.entries.append(entry)
         self._keys.add(key)
         return entry
+
+
+class Mirror:
+    """The thread that sends entries, so that the loop never waits for W&B."""
+
+    def __init__(self, send: Callable[[Entry], None], entries: list[Entry]) -> None:
+        """Starts sending.
+
+        Args:
+            send: sends one entry; what it raises costs a line, not the run.
+            entries: what to send first.
+        """
+        self._send, self._queue = send, queue.SimpleQueue()
+        for entry in entries:
+            self.put(entry)
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
+
+    def put(self, entry: Entry) -> None:
+        """Takes an entry; returns at once."""
+        self._queue.put(entry)
+
+    def close(self, timeout_s: float) -> None:
+        """Waits for what is under way, but not longer."""
+        self._queue.put(None)
+        self._thread.join(timeout_s)
+
+    def _work(self) -> None:
+        while (entry := self._queue.get()) is not None:
+            with warned(entry.key):
+                self._send(entry)
+
+
+@contextmanager
+def warned(what: str) -> Iterator[None]:
+    """Turns whatever W&B raises into one line: watching a run must never stop it."""
+    try:
+        yield
+    except Exception as error:  # of any kind: W&B raises its own, OSError, ValueError, ...
+        say(f"W&B: {what} failed ({type(error).__name__}: {error}); the run folder has it all")
+
+
+def say(text: str) -> None:
+    """Tells the user something in one line."""
+    print(f"restem fit: {text}", file=sys.stderr)

@@ -6,10 +6,8 @@ and sent by a thread of its own, so a server that is slow or away costs the run 
 
 import math
 import os
-import queue
 import secrets
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from restem_lightning.completions import CompletionStore
 from restem_lightning.errors import UserError
-from restem_lightning.loop.journal import Entry, Journal
+from restem_lightning.loop.journal import Entry, Journal, Mirror, say, warned
 from restem_lightning.loop.redact import redact
 from restem_lightning.m_step.export import policy_hash
 from restem_lightning.run_dir import IterationDir, RunDir, read_json
@@ -50,7 +48,7 @@ class TrackingParams:
     Args:
         wandb_project: W&B project; null for no W&B.
         wandb_mode: online, offline to write the run below the run folder for `wandb sync`, or null
-            for what WANDB_MODE says (online if it says nothing).
+            for what WANDB_MODE says: online (as if it says nothing), offline, or disabled.
         wandb_name: name of the run, null for W&B's choice.
         wandb_timeout_s: most seconds that a run waits for the server when it begins, and again when
             it ends; a server that does not answer makes it go on offline.
@@ -111,7 +109,8 @@ class Tracker:
         """
         self.run, self._params, self._base = run, params, base
         self._questions, self._mirror = questions or {}, None
-        if params.wandb_project is None or rank_zero_only.rank != 0:
+        is_off = params.wandb_mode is None and os.environ.get("WANDB_MODE") == "disabled"
+        if params.wandb_project is None or is_off or rank_zero_only.rank != 0:
             return
         self._wandb = _import_wandb()
         self._journal = Journal(run.path / "tracking.jsonl")
@@ -122,7 +121,7 @@ class Tracker:
             self._wandb_run.define_metric(names, step_metric=axis)
         # An offline folder is always the whole run; a server says how far it has come.
         known = 0 if is_offline else self._wandb_run.step
-        self._mirror = _Mirror(self._send, self._journal.entries[known:])
+        self._mirror = Mirror(self._send, self._journal.entries[known:])
         self.catch_up()
 
     def m_step_loggers(self, iteration: int) -> list[Logger]:
@@ -188,7 +187,7 @@ class Tracker:
         """Ends the W&B run's process, within the timeout; the run can be gone on with."""
         if self._mirror is not None:
             self._mirror.close(self._params.wandb_timeout_s)
-            with _warned("closing the run"):
+            with warned("closing the run"):
                 self._wandb_run.finish(exit_code=int(kind is not None))
                 self._wandb.teardown()  # offline, `finish` of 0.31 returns before all is on disk
 
@@ -261,31 +260,6 @@ class Tracker:
         return artifact
 
 
-class _Mirror:
-    """The thread that sends entries, so that the loop never waits for W&B."""
-
-    def __init__(self, send: Any, entries: list[Entry]):
-        self._send, self._queue = send, queue.SimpleQueue()
-        for entry in entries:
-            self.put(entry)
-        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
-        self._thread.start()
-
-    def put(self, entry: Entry) -> None:
-        """Takes an entry; returns at once."""
-        self._queue.put(entry)
-
-    def close(self, timeout_s: float) -> None:
-        """Waits for what is under way, but not longer."""
-        self._queue.put(None)
-        self._thread.join(timeout_s)
-
-    def _work(self) -> None:
-        while (entry := self._queue.get()) is not None:
-            with _warned(entry.key):
-                self._send(entry)
-
-
 class _MStepRows(Logger):
     """Lightning's logger interface onto the loop's W&B run; Lightning's own has another axis."""
 
@@ -348,15 +322,15 @@ def _open_wandb(
         wandb_run = begin(params.wandb_mode)
     except (wandb.Error, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        _say(f"W&B does not take this run ({reason}); it goes on offline")
+        say(f"W&B does not take this run ({reason}); it goes on offline")
         wandb.teardown()  # its process still holds the run's id
         wandb_run = begin("offline")
     is_offline = bool(wandb_run.settings._offline)
     if is_offline:
         folder = Path(wandb_run.settings.sync_dir)
-        _say(f"W&B is offline; `wandb sync {folder}` sends the whole run so far")
+        say(f"W&B is offline; `wandb sync {folder}` sends the whole run so far")
     else:
-        _say(f"W&B run {wandb_run.url}")
+        say(f"W&B run {wandb_run.url}")
     return wandb_run, is_offline
 
 
@@ -368,19 +342,6 @@ def _bare_command_line() -> Iterator[None]:
         yield
     finally:
         sys.argv = words
-
-
-@contextmanager
-def _warned(what: str) -> Iterator[None]:
-    """Turns whatever W&B raises into one line: watching a run must never stop it."""
-    try:
-        yield
-    except Exception as error:  # of any kind: W&B raises its own, OSError, ValueError, ...
-        _say(f"W&B: {what} failed ({type(error).__name__}: {error}); the run folder has it all")
-
-
-def _say(text: str) -> None:
-    print(f"restem fit: {text}", file=sys.stderr)
 
 
 def _add_files(artifact: Any, files: list[Path], folder: Path) -> None:

@@ -63,7 +63,7 @@ def iteration_table(run_dir: str | os.PathLike[str]) -> str:
     sets = _evaluation_sets(iterations)
     names = list(dict.fromkeys(chain.from_iterable(_metric_names(iterations, one) for one in sets)))
     shown = [name for name in ("greedy_pass@1", "pass@1") if name in names]
-    for prefix in ("pass@", "maj@"):
+    for prefix in ("pass@", "maj@", "best@"):
         largest = max((name for name in names if name.startswith(prefix)), key=_k, default="pass@1")
         shown += [largest] if largest != "pass@1" else []
     rows = [["iteration", *(["set"] if len(sets) > 1 else []), *(_label(name) for name in shown)]]
@@ -164,9 +164,9 @@ def _evaluation(entry: dict[str, Any], evaluation_set: str) -> dict[str, Any]:
 
 
 def _metric_names(iterations: Any, evaluation_set: str) -> list[str]:
-    """Returns greedy_pass@1, then pass@k by k, then maj@k by k."""
+    """Returns greedy_pass@1, then pass@k by k, then maj@k and best@k by k."""
     names = set(chain.from_iterable(_evaluation(entry, evaluation_set) for entry in iterations))
-    kinds = ("greedy_pass", "pass", "maj")
+    kinds = ("greedy_pass", "pass", "maj", "best")
     known = [name for name in names if name.split("@")[0] in kinds and "@" in name]
     return sorted(known, key=lambda name: (kinds.index(name.split("@")[0]), _k(name)))
 

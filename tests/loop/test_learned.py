@@ -8,10 +8,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from restem_lightning.completions import Completion, CompletionStore, from_table
+from restem_lightning.completions import (
+    Completion,
+    CompletionStore,
+    Verdict,
+    VerdictKind,
+    from_table,
+)
+from restem_lightning.loop.stage import Stage, load_policy, verified_completions
 from restem_lightning.metrics import best_of_k
 from restem_lightning.problems import Problem
+from restem_lightning.prompts import FewShotPrompt
 from restem_lightning.run_dir import RunDir, read_json
+from restem_lightning.sampler import EngineParams, SamplingParams
+from restem_lightning.settings import EMBEDDED_POLICY, VerificationParams, open_verifiers
+from restem_lightning.verifiers.composed import ITERATION
 
 LEARN = {"preference.learn": "last", "preference.human": "true", "evaluation.n": 4,
          "evaluation.ks": [1, 2, 4], "preference.learning_rate": 1e-3,
@@ -118,3 +129,24 @@ def test_a_scorer_joins_the_verdicts_of_the_e_step_and_of_nothing_else(restem, f
         assert (one.verdict.kind.value == "CORRECT") == both
     held_out = run.iteration(1).path / "evaluation" / "held_out" / "sampled"
     assert set(CompletionStore(held_out).read(["detail"])["detail"].to_pylist()) == {""}
+
+
+def say_iteration(problem, text):
+    """A verifier that finds the iteration that it is told."""
+    return Verdict(kind=VerdictKind.WRONG, extracted=str(problem.metadata.get(ITERATION)))
+
+
+def test_a_verifier_is_told_the_iteration_in_an_e_step_alone():
+    policy = load_policy(str(EMBEDDED_POLICY), EngineParams(device="cpu", cache_tokens=4096))
+    problem = Problem(problem_id="p", question="How many?", metadata={"kept": 1})
+    told = {}
+    setting = {"class_path": "callable", "init_args": {"function": f"{__file__}:say_iteration"}}
+    with open_verifiers(setting, VerificationParams(deadline_s=60.0)) as verifiers:
+        for purpose in ("", "hint/", "validation/", "evaluation/held_out/greedy/"):
+            stage = Stage(
+                policy=policy, template=FewShotPrompt(), verifiers=verifiers, seed=0, iteration=3,
+                params=SamplingParams(n=1, max_new_tokens=2), purpose=purpose,
+            )  # fmt: skip
+            (judged,) = verified_completions([problem], stage)
+            told[purpose] = judged.completion.verdict.extracted
+    assert list(told.values()) == ["3", "3", "None", "None"]

@@ -274,9 +274,14 @@ def test_what_cannot_be_sent_does_not_stop_the_run(tmp_path, capfd):
     assert "iteration/iteration" in history(files_of(run)[0])[-1]
 
 
-def test_without_a_project_nothing_is_tracked(tmp_path):
+@pytest.mark.parametrize("project", [None, "t"])
+def test_without_a_project_or_where_w_and_b_is_disabled_nothing_is_tracked(
+    project, tmp_path, monkeypatch
+):
+    if project is not None:
+        monkeypatch.setenv("WANDB_MODE", "disabled")
     run = open_run(tmp_path, {"seed": 0})
-    with Tracker(TrackingParams(), run, {}, base=BASE) as tracker:
+    with Tracker(TrackingParams(wandb_project=project), run, {}, base=BASE) as tracker:
         tracker.catch_up()
         assert len(tracker.m_step_loggers(1)) == 1
     assert wandb.run is None
