@@ -14,7 +14,8 @@ from restem_lightning.sandbox import Outcome, Runner, require
 from restem_lightning.verifiers.programs import extract_program
 
 MAX_TIME_S = 60.0
-REFERENCE_FACTOR = 3.0
+REFERENCE_FACTOR = 5.0
+MIN_TIME_S = 3.0
 TOLERANCE = 1e-6
 
 _KINDS = {
@@ -63,16 +64,16 @@ class CodeVerifier:
 
     def __init__(
         self,
-        time_limit_s: float = 5.0,
+        time_limit_s: float = 10.0,
         memory_mib: int = 512,
         min_isolation: str = "landlock",
     ) -> None:
         """Judges a program by its problem's tests; runs it in a sandbox, the tests in another one.
 
         Args:
-            time_limit_s: CPU seconds of one program for all its tests; a problem may set its own
-                (`metadata["time_limit_s"]`), and where the reference solution needs more than a
-                third of it, three times the reference's time counts, up to 60 seconds.
+            time_limit_s: CPU seconds of one program for all its tests, unless the problem sets its
+                own (`metadata["time_limit_s"]`). Where it has a reference solution, that one's time
+                says more: five times as much, at least 3 and at most 60 seconds.
             memory_mib: memory of one program in MiB, the interpreter's own included.
             min_isolation: the weakest isolation that will do. namespaces: own user, mount, process
                 and network namespaces; landlock: the kernel's Landlock where there are no
@@ -89,7 +90,7 @@ class CodeVerifier:
         level = require(min_isolation).level
         assert level is not None
         self._runner = Runner(level, memory_bytes=memory_mib << 20)
-        self._limits: dict[str, float] = {}
+        self._reference_s: dict[tuple[str, str], float] = {}
 
     @property
     def deadline_s(self) -> float:
@@ -116,12 +117,9 @@ class CodeVerifier:
         program = extract_program(completion_text, problem)
         if program is None:
             return Verdict(kind=VerdictKind.NO_ANSWER, detail="no program")
-        limit_s = self._limits.get(problem.problem_id) or self._base_limit(problem)
-        outcome = self._run(problem, program, limit_s)
-        if outcome.kind == "timeout" and problem.problem_id not in self._limits:
-            scaled_s = self._limits[problem.problem_id] = self._scaled_limit(problem)
-            if scaled_s > limit_s:
-                outcome = self._run(problem, program, scaled_s)
+        outcome = self._run(problem, program, self._first_limit(problem))
+        if outcome.kind == "timeout":
+            outcome = self._run_longer(problem, program) or outcome
         return Verdict(kind=_KINDS[outcome.kind], extracted=program, detail=outcome.detail)
 
     def reference_completion(self, problem: Problem) -> str | None:
@@ -130,19 +128,27 @@ class CodeVerifier:
             return None
         return f"```python\n{problem.reference_solution}\n```"
 
-    def _base_limit(self, problem: Problem) -> float:
-        return min(float(problem.metadata.get("time_limit_s") or self._time_limit_s), MAX_TIME_S)
+    def _first_limit(self, problem: Problem) -> float:
+        own_s = problem.metadata.get("time_limit_s")
+        usual_s = self._time_limit_s if problem.reference_solution is None else MIN_TIME_S
+        return min(float(own_s or usual_s), MAX_TIME_S)
 
-    def _scaled_limit(self, problem: Problem) -> float:
-        """Returns the limit that the reference solution's own time asks for."""
-        base_s = self._base_limit(problem)
+    def _run_longer(self, problem: Problem, program: str) -> Outcome | None:
+        """Runs a program again if the reference, timed once, says that it deserves more time."""
         completion = self.reference_completion(problem)
         reference = completion and extract_program(completion, problem)
         if not reference:
-            return base_s
-        outcome = self._run(problem, reference, MAX_TIME_S)
-        scaled_s = REFERENCE_FACTOR * outcome.cpu_s if outcome.kind == "passed" else 0.0
-        return max(base_s, min(scaled_s, MAX_TIME_S))
+            return None
+        key = (problem.problem_id, reference)
+        if key not in self._reference_s:
+            outcome = self._run(problem, reference, MAX_TIME_S)
+            self._reference_s[key] = outcome.cpu_s if outcome.kind == "passed" else 0.0
+            if program == reference:
+                return outcome
+        limit_s = min(REFERENCE_FACTOR * self._reference_s[key], MAX_TIME_S)
+        return (
+            self._run(problem, program, limit_s) if limit_s > self._first_limit(problem) else None
+        )
 
     def _run(self, problem: Problem, program: str, limit_s: float) -> Outcome:
         cases = problem.metadata.get("input_output")

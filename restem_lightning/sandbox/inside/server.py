@@ -19,7 +19,7 @@ from typing import Any
 
 from . import candidate, judge, landlock, namespaces, seccomp
 from .codec import ChannelError
-from .kernel import PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, drop_capabilities, prctl
+from .kernel import PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, drop_capabilities, prctl
 
 NAMESPACES, LANDLOCK, SECCOMP = "namespaces", "landlock", "seccomp"
 _MAX_HEADER = 4096
@@ -82,6 +82,7 @@ class _Server:
                 os.setresuid(user, user, user)
             os.chdir("/")
         prctl(PR_SET_NO_NEW_PRIVS, 1)
+        prctl(PR_SET_DUMPABLE, 0)  # closes this process's files in /proc to its own user
         self._filter = seccomp.build_filter(is_writable=level == NAMESPACES)
         self._wake, writer = os.pipe()
         for end in (self._wake, writer):
