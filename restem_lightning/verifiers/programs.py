@@ -30,7 +30,7 @@ MAX_PARSED = 100_000  # characters in all that are parsed to find where code beg
 
 _MARKS = {name: re.compile(rf"^[ \t]*\[{name}\]", re.MULTILINE) for name in ("BEGIN", "DONE")}
 _FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})[ \t]*([\w+.#-]*)[^`]*")
-_LANGUAGES = ("", "python", "python3", "py", "py3")
+_LANGUAGE = re.compile(r"(py(thon)?[\d.]*)?", re.IGNORECASE)
 _NEXT_PROBLEM = re.compile(r"(Q|Question|Problem):")
 _CODE = re.compile(
     r"(async def|def|class) \w|import \w|from [\w.]+ import |@\w|print\("
@@ -91,17 +91,17 @@ def _fenced_blocks(text: str) -> Iterator[str]:
         if fence:
             depth = len(line) - len(line.lstrip())
             if line.strip().startswith(fence) and depth < indent + 4:
-                if language in _LANGUAGES and any(map(str.strip, block)):
+                if _LANGUAGE.fullmatch(language) and any(map(str.strip, block)):
                     yield "\n".join(block) + "\n"
                 fence, had_block = "", True
             else:
                 block.append(line[min(depth, indent) :])
         elif match := _FENCE.fullmatch(line):
             fence, indent, block = match[2], len(match[1]), []
-            language = match[3].lower()
+            language = match[3]
         elif had_block and _NEXT_PROBLEM.match(line):
             return
-    if fence and language in _LANGUAGES and (rest := "\n".join(block)).strip():
+    if fence and _LANGUAGE.fullmatch(language) and (rest := "\n".join(block)).strip():
         run = next(_python_runs(rest, None), None)
         yield run if run and rest.startswith(run.rstrip("\n")) else rest
 

@@ -38,6 +38,7 @@ FUNCTIONS = {
     "fenced as python": (fenced(F), F),
     "fenced as py": (fenced(F, "py"), F),
     "fenced as Python": (fenced(F, "Python"), F),
+    "fenced as a version of Python": (fenced(F, "python3.11"), F),
     "fenced without a language": (fenced(F, ""), F),
     "fenced by tildes": (fenced(F, fence="~~~"), F),
     "fenced by four": (fenced(F, fence="````"), F),
