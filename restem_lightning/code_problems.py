@@ -207,8 +207,8 @@ def code_fields(row: dict[str, Any]) -> dict[str, Any]:
     """Returns `tests`, `entry_point` and `metadata` of a row in a data set's own format.
 
     Args:
-        row: holds HumanEval's `test`, `prompt` and `entry_point`; or MBPP's `test_list` and, if
-            there are any, `test_setup_code` or `test_imports`, `challenge_test_list`, and an
+        row: holds HumanEval's `test`, `entry_point` and, as a rule, `prompt`; or MBPP's `test_list`
+            and, if there are any, `test_setup_code` or `test_imports`, `challenge_test_list` and
             `entry_point` (else it is the function that all asserts call); or `input_output`.
 
     Raises:
@@ -219,7 +219,8 @@ def code_fields(row: dict[str, Any]) -> dict[str, Any]:
         return _fields(None, cases.get("fn_name"), input_output=cases)
     if row.get("test") is not None:
         tests, entry_point = _text(row, "test"), _text(row, "entry_point")
-        return _fields(f"{tests}\n\ncheck({entry_point})", entry_point, prompt=_text(row, "prompt"))
+        prompt = {"prompt": _text(row, "prompt")} if row.get("prompt") is not None else {}
+        return _fields(f"{tests}\n\ncheck({entry_point})", entry_point, **prompt)
     setup = row.get("test_setup_code") or "\n".join(_texts(row, "test_imports"))
     asserts = [*_texts(row, "test_list"), *_texts(row, "challenge_test_list")]
     if not asserts:

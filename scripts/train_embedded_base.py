@@ -113,14 +113,17 @@ class Domain:
     """A kind of problem, and how people write about it.
 
     Args:
+        folder: of the policy, in the package's assets.
         draw: yields (question, ...) of a split by a seed; the rest goes to `write`, which takes the
             chance of a hurried solution by the number of steps.
+        batch_size: solutions per optimizer step.
         parts: optimizer steps, peak learning rate and these chances of each part of the corpus.
     """
 
     folder: str
     draw: Callable[[str, int], Iterator[tuple]]
     write: Callable[..., str]
+    batch_size: int
     parts: tuple[tuple[int, float, dict[int, float]], ...]
 
 
@@ -129,6 +132,7 @@ DOMAINS = {
         folder="policy",
         draw=word_problems.draw_split,
         write=write_working,
+        batch_size=32,
         parts=(
             (2500, 3e-3, {2: 0.15, 3: 0.15, 4: 0.15}),
             (400, 1e-3, {2: 0.05, 3: 0.55, 4: 0.65}),
@@ -138,19 +142,20 @@ DOMAINS = {
         folder="code_policy",
         draw=function_problems.draw_split,
         write=write_careless_program,
+        batch_size=16,
         parts=(
-            (1000, 3e-3, {2: 0.15, 3: 0.15, 4: 0.15}),
-            (250, 1e-3, {2: 0.05, 3: 0.55, 4: 0.65}),
+            (2000, 3e-3, {2: 0.15, 3: 0.15, 4: 0.15}),
+            (400, 1e-3, {2: 0.05, 3: 0.55, 4: 0.65}),
         ),
     ),
 }
 
 
-def corpus(domain: Domain, seed: int, batch_size: int) -> Iterator[tuple[str, str]]:
+def corpus(domain: Domain, seed: int) -> Iterator[tuple[str, str]]:
     """Yields the (prompt, solution) pairs of all parts, each problem once."""
     rng, problems = random.Random(seed), domain.draw("corpus", seed)
     for num_steps, _, hurry in domain.parts:
-        for question, *rest in islice(problems, num_steps * batch_size):
+        for question, *rest in islice(problems, num_steps * domain.batch_size):
             yield PROMPT.format(question=question), domain.write(rng, hurry, *rest)
 
 
@@ -224,7 +229,6 @@ def main() -> None:
     )
     parser.add_argument("--domain", choices=DOMAINS, default="words", help="kind of problem")
     parser.add_argument("--output", type=Path, help="policy folder to write; else the package's")
-    parser.add_argument("--batch-size", type=int, default=32, help="solutions per optimizer step")
     parser.add_argument("--seed", type=int, default=1, help="of weights and problems")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     args = parser.parse_args()
@@ -232,13 +236,13 @@ def main() -> None:
     output = args.output or ASSETS / domain.folder
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
-    some = islice(corpus(domain, args.seed + 1, args.batch_size), 4000)
+    some = islice(corpus(domain, args.seed + 1), 4000)
     tokenizer = build_tokenizer([prompt + solution for prompt, solution in some])
     model = build_model(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
     start = time.monotonic()
     rates = list(learning_rates(domain))
-    stream = batches(corpus(domain, args.seed, args.batch_size), tokenizer, args.batch_size)
+    stream = batches(corpus(domain, args.seed), tokenizer, domain.batch_size)
     with tqdm(zip(rates, stream, strict=True), total=len(rates), unit="step") as bar:
         for step, (rate, (ids, labels)) in enumerate(bar):
             optimizer.param_groups[0]["lr"] = rate

@@ -8,7 +8,13 @@ from transformers import PreTrainedTokenizerFast
 
 from restem_lightning.errors import UserError
 from restem_lightning.problems import Problem
-from restem_lightning.prompts import ChatPrompt, FewShotPrompt, encode_prompt, template_hash
+from restem_lightning.prompts import (
+    ASSETS,
+    ChatPrompt,
+    FewShotPrompt,
+    encode_prompt,
+    template_hash,
+)
 
 PROBLEM = Problem(problem_id="p", question="How many {question} legs has a cat?")
 OTHER = Problem(problem_id="q", question="What is 2+2?")
@@ -168,3 +174,12 @@ def test_the_hash_tells_templates_apart_and_stays_the_same(shots):
     assert hashes[0] == hashes[2]  # without shots no separator is ever written
     assert len({hashes[0], hashes[1], hashes[3]}) == 3
     assert template_hash(FewShotPrompt(shots=shots), tokenizer) == hashes[1]
+
+
+def test_the_shots_for_programs_pass_their_own_tests():
+    lines = (ASSETS / "prompts" / "code_3shot.jsonl").read_text().splitlines()
+    for question, program in (json.loads(line).values() for line in lines):
+        space = {}
+        exec(program, space)
+        exec(question.partition("It should pass:\n")[2], space)
+        assert "assert " in question

@@ -25,12 +25,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from restem_lightning.problems import Problem
 
-MAX_TEXT = 50_000
-MAX_PARSES = 60  # of text without fences, to find where its code begins and ends
+MAX_TEXT = 20_000
+MAX_PARSED = 100_000  # characters in all that are parsed to find where code begins and ends
 
 _MARKS = {name: re.compile(rf"^[ \t]*\[{name}\]", re.MULTILINE) for name in ("BEGIN", "DONE")}
 _FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})[ \t]*([\w+.#-]*)[^`]*")
-_LANGUAGES = ("", "python", "python3", "py", "py3")
+_LANGUAGE = re.compile(r"(py(thon)?[\d.]*)?", re.IGNORECASE)
 _NEXT_PROBLEM = re.compile(r"(Q|Question|Problem):")
 _CODE = re.compile(
     r"(async def|def|class) \w|import \w|from [\w.]+ import |@\w|print\("
@@ -42,16 +42,17 @@ _INPUT_OUTPUT = ("input", "print", "open", "stdin", "stdout")
 def extract_program(completion_text: str, problem: Problem) -> str | None:
     """Returns the program in a completion by the rules above, None if there is none.
 
-    Safe for any text; 50,000 characters of it count.
+    Safe for any text; of what may count, the first 20,000 characters do.
 
     Args:
         completion_text: what the policy wrote after the prompt.
         problem: its `entry_point` is the function under test, None for a standard-input program;
             `metadata["prompt"]` is the head of the function, where there is one.
     """
-    text = _marked(completion_text[:MAX_TEXT].replace("\r\n", "\n").replace("\r", "\n"))
+    text = _marked(completion_text)
     if text is None:
         return None
+    text = text[:MAX_TEXT].replace("\r\n", "\n").replace("\r", "\n")
     name, head = problem.entry_point, problem.metadata.get("prompt")
     is_body = name and head and _is_indented(text)
     if is_body and (program := _continued(head, text, name)):
@@ -90,17 +91,17 @@ def _fenced_blocks(text: str) -> Iterator[str]:
         if fence:
             depth = len(line) - len(line.lstrip())
             if line.strip().startswith(fence) and depth < indent + 4:
-                if language in _LANGUAGES:
+                if _LANGUAGE.fullmatch(language) and any(map(str.strip, block)):
                     yield "\n".join(block) + "\n"
                 fence, had_block = "", True
             else:
                 block.append(line[min(depth, indent) :])
         elif match := _FENCE.fullmatch(line):
             fence, indent, block = match[2], len(match[1]), []
-            language = match[3].lower()
+            language = match[3]
         elif had_block and _NEXT_PROBLEM.match(line):
             return
-    if fence and language in _LANGUAGES and (rest := "\n".join(block)).strip():
+    if fence and _LANGUAGE.fullmatch(language) and (rest := "\n".join(block)).strip():
         run = next(_python_runs(rest, None), None)
         yield run if run and rest.startswith(run.rstrip("\n")) else rest
 
@@ -126,7 +127,7 @@ def _python_runs(text: str, name: str | None) -> Iterator[str]:
     """Yields the runs of lines that are Python and begin like code, in order."""
     lines = text.split("\n")
     wanted = re.compile(rf"[ \t]+(async )?def {re.escape(name)}\b") if name else None
-    start, left = 0, MAX_PARSES
+    start, left = 0, MAX_PARSED
     while start < len(lines) and left > 0:
         line = lines[start]
         if wanted and wanted.match(line):  # an indented code block of Markdown
@@ -137,25 +138,25 @@ def _python_runs(text: str, name: str | None) -> Iterator[str]:
         else:
             start += 1
             continue
-        end, tries = _python_prefix(block, left)
+        end, parsed = _python_prefix(block, left)
         if end:
             yield "\n".join(block[:end]).rstrip() + "\n"
-        start, left = start + max(end, 1), left - tries
+        start, left = start + max(end, 1), left - parsed
 
 
-def _python_prefix(lines: Sequence[str], max_tries: int) -> tuple[int, int]:
-    """Returns how many lines from the first are whole statements, and the parses this took."""
-    end = len(lines)
-    for tries in range(1, max_tries + 1):
-        error_line = _syntax_error_line("\n".join(lines[:end]))
+def _python_prefix(lines: Sequence[str], max_parsed: int) -> tuple[int, int]:
+    """Returns how many lines from the first are whole statements, and the characters parsed."""
+    end, parsed = len(lines), 0
+    while end > 0 and parsed < max_parsed:
+        text = "\n".join(lines[:end])
+        parsed += len(text)
+        error_line = _syntax_error_line(text)
         if error_line is None:
-            return end, tries
+            return end, parsed
         end = min(error_line, end) - 1
         while end > 0 and lines[end][:1] in ("", " ", "\t"):
             end -= 1  # a statement that breaks off goes as a whole
-        if end <= 0:
-            break
-    return 0, tries
+    return 0, parsed
 
 
 def _while_indented(lines: Iterable[str], indent: str) -> Iterator[str]:
@@ -168,7 +169,7 @@ def _while_indented(lines: Iterable[str], indent: str) -> Iterator[str]:
 def _continued(head: str, body: str, name: str) -> str | None:
     """Returns the function of a head and its body, None if together they are not Python."""
     lines = (head.replace("\r\n", "\n") + body).split("\n")
-    end, _ = _python_prefix(lines, MAX_PARSES)
+    end, _ = _python_prefix(lines, MAX_PARSED)
     program = "\n".join(lines[:end]) + "\n"
     if not _answers(_parse(program), name):
         return None

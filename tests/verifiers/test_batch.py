@@ -75,6 +75,46 @@ def test_a_number_may_stand_for_the_reference_answer(tmp_path):
     assert rows[0]["verdict"] == "CORRECT"
 
 
+def test_raw_rows_of_code_data_sets_become_problems(tmp_path):
+    path = tmp_path / "show.py"
+    path.write_text(
+        "from restem_lightning.completions import Verdict, VerdictKind\n"
+        "def judge(problem, text):\n"
+        "    seen = [problem.problem_id, problem.tests, problem.entry_point, problem.metadata]\n"
+        "    return Verdict(kind=VerdictKind.CORRECT, extracted=repr(seen))"
+    )
+    spec = VerifierSpec(
+        class_path="restem_lightning.verifiers.CallableVerifier",
+        init_args={"function": f"{path}:judge"},
+    )
+    cases = {"inputs": ["1"], "outputs": ["2"]}
+    lines = [
+        line(
+            problem_id="h",
+            completion="",
+            entry_point="f",
+            prompt="def f():\n",
+            test="def check(c): 0",
+        ),
+        line(task_id=11, completion="", test_list=["assert g(1)"], test_setup_code="", code="x"),
+        line(problem_id="m", completion="", test_list=["assert 1"], entry_point="g"),
+        line(problem_id="a", completion="", input_output=json.dumps(cases)),
+        line(problem_id="bad", completion="", test_list=["assert 1"]),
+        line(problem_id="bad", completion="", test_list=3, entry_point="g"),
+    ]
+    rows, counts = run(tmp_path, lines, spec)
+    assert [eval(row["extracted"]) for row in rows[:4]] == [
+        ["h", "def check(c): 0\n\ncheck(f)", "f", {"prompt": "def f():\n"}],
+        ["11", "assert g(1)", "g", {}],
+        ["m", "assert 1", "g", {}],
+        ["a", None, None, {"input_output": cases}],
+    ]
+    assert counts["ERROR"] == 2
+    assert [row["problem_id"] for row in rows] == ["h", None, "m", "a", "bad", "bad"]
+    assert "no function in common" in rows[4]["detail"]
+    assert "test_list must be" in rows[5]["detail"]
+
+
 def test_a_hanging_line_is_a_timeout(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
