@@ -136,7 +136,7 @@ class Runner:
         is_whole = kind == "ended" and ended.status == 0
         return Outcome(
             kind="passed" if is_whole else "failed",
-            detail="" if is_whole else f"{name}: {message}",
+            detail="" if is_whole else f"{name}: {message}".removesuffix(": "),
             cpu_s=ended.cpu_s,
             output=output,
         )

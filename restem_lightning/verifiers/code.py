@@ -101,6 +101,10 @@ class CodeVerifier:
         """Starts the sandboxes."""
         self._runner.warm_up()
 
+    def close(self) -> None:
+        """Ends the sandboxes; they end with this process in any case."""
+        self._runner.close()
+
     def cache_key(self, problem: Problem, completion_text: str) -> tuple[Any, ...]:
         """Returns the problem's tests and the program: nothing else matters."""
         cases = problem.metadata.get("input_output")

@@ -86,8 +86,8 @@ ATTACKS = {
     "clone": "return call(56, 17, 0, 0, 0, 0) >= 0",
     "clone3": ("args = (ctypes.c_uint64 * 11)(0, 0, 0, 0, 17)\nreturn call(435, args, 88) >= 0"),
     "orphan": (
-        "if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(60)\n    os._exit(0)\n"
-        "return True"
+        "if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(60)\n"
+        "    os._exit(0)\nreturn True"
     ),
     "run a shell": "return os.system('true') == 0",
     "run a process": "return subprocess.run(['/bin/true']).returncode == 0",
@@ -170,8 +170,8 @@ ATTACKS = {
     ),
     "big hole": "f = open('x', 'wb')\nf.truncate(1 << 40)\nreturn True",
     "many files": (
-        "n = 0\ntry:\n    for n in range(200000): open(f'f{n}', 'x').close()\nexcept OSError: pass\n"
-        "return n > 2000"
+        "n = 0\ntry:\n    for n in range(200000): open(f'f{n}', 'x').close()\n"
+        "except OSError: pass\nreturn n > 2000"
     ),
     "deep folders": (
         "n = 0\ntry:\n    for n in range(3000):\n        os.mkdir('d')\n        os.chdir('d')\n"

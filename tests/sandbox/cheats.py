@@ -12,8 +12,12 @@ CHEATS = {
     "equal str": f"class A(str):\n    {_EQUAL}{_HASH}\ndef add(a, b): return A()",
     "equal list": f"class A(list):\n    {_EQUAL}{_HASH}\ndef add(a, b): return A()",
     "equal dict": f"class A(dict):\n    {_EQUAL}{_HASH}\ndef add(a, b): return A()",
-    "equal tuple": f"class A(tuple):\n    _fields = ()\n    {_EQUAL}{_HASH}\ndef add(a, b): return A()",
-    "equal type": f"class M(type):\n    {_EQUAL}{_HASH}\nclass A(metaclass=M): pass\ndef add(a, b): return A",
+    "equal tuple": (
+        f"class A(tuple):\n    _fields = ()\n    {_EQUAL}{_HASH}\ndef add(a, b): return A()"
+    ),
+    "equal type": (
+        f"class M(type):\n    {_EQUAL}{_HASH}\nclass A(metaclass=M): pass\ndef add(a, b): return A"
+    ),
     "equal counter": (
         "from collections import Counter\n"
         f"class A(Counter):\n    {_EQUAL}{_HASH}\ndef add(a, b): return A()"
@@ -95,7 +99,8 @@ CHEATS = {
         "signal.setitimer(signal.ITIMER_REAL, 0.01)\ndef add(a, b): time.sleep(0.2)"
     ),
     "finaliser exits": (
-        "import os\nclass A:\n    def __del__(self): os._exit(0)\ndef add(a, b):\n    A()\n    return 0"
+        "import os\nclass A:\n    def __del__(self): os._exit(0)\n"
+        "def add(a, b):\n    A()\n    return 0"
     ),
     "assertion from inside": "def add(a, b): raise AssertionError",
     "stop iteration": "def add(a, b): raise StopIteration",

@@ -167,7 +167,7 @@ class _Run:
         except AssertionError as error:
             outcome, detail = "failed", _failed_line(error, self._tests)
         except BaseException as error:  # a test that cannot go on has not passed
-            outcome, detail = "failed", ": ".join(describe(error))
+            outcome, detail = "failed", ": ".join(describe(error)).removesuffix(": ")
         if self._candidate.lost is not None:
             outcome, detail = "lost", self._candidate.lost
         return outcome, detail

@@ -81,18 +81,19 @@ def probe() -> SandboxReport:
     return SandboxReport(level=None, refusals=tuple(refusals))
 
 
-def require(minimum: str) -> SandboxReport:
-    """Returns what `probe` finds.
+def require(minimum: str, report: SandboxReport | None = None) -> SandboxReport:
+    """Returns what `probe` finds, if it is enough.
 
     Args:
         minimum: the weakest level that will do: namespaces, landlock or seccomp.
+        report: what it has found already, None to probe now.
 
     Raises:
         UserError: an unknown level, or this machine gives less.
     """
     if minimum not in LEVELS:
         raise UserError(f"min_isolation ({minimum}) must be one of {', '.join(LEVELS)}")
-    report = probe()
+    report = report or probe()
     if report.level is None or LEVELS.index(report.level) > LEVELS.index(minimum):
         raise UserError(
             f"foreign code is refused: this machine gives isolation level "
