@@ -233,7 +233,8 @@ def sample_tokens(
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     num_tokens = logits.shape[-1]
     width = top_k + cpu_sampling.SPARE
-    if temperature == 0.0 or not 0 < top_k < min(num_tokens, MOST_CANDIDATES):
+    in_torch = temperature == 0.0 or logits.dtype not in c_library.DTYPES
+    if in_torch or not 0 < top_k < min(num_tokens, MOST_CANDIDATES):
         return cpu_sampling.sample_tokens(logits, key, completion_index, position, **settings)
     num_rows, logits = len(logits), _rows(logits)
     values = torch.empty(num_rows, width, dtype=torch.float32)

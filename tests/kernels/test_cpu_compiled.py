@@ -1,6 +1,7 @@
 """The C functions for the CPU against their definitions, all that is not to be read poisoned."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -329,6 +330,12 @@ def test_no_compiler_is_said_in_one_line(compiler, tmp_path):
     last = err.strip().splitlines()[-1]
     assert last.startswith("restem_kernels.c_library.NoCompiler: ")
     assert compiler in last
+
+
+def test_torch_and_the_c_functions_share_one_openmp_runtime():
+    c_library.load(torch.float32)
+    maps = Path("/proc/self/maps").read_text()
+    assert len(set(re.findall(r"/\S*/lib(?:gomp|iomp5|omp)[-.]\S*", maps))) == 1
 
 
 def test_other_types_of_numbers_are_refused():

@@ -1,10 +1,10 @@
-"""Both implementations of the draw against its definition, and against the exact distribution."""
+"""All implementations of the draw against its definition, and against the exact distribution."""
 
 import math
 
 import pytest
 import torch
-from restem_kernels import cpu, reference, sampling
+from restem_kernels import cpu, cpu_compiled, reference, sampling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -43,7 +43,11 @@ def draw_triton(*tensors: torch.Tensor, **settings: float) -> Drawn:
     return tuple(tensor.cpu() for tensor in drawn)
 
 
-IMPLEMENTATIONS = [draw_torch, draw_triton]
+def draw_c(*tensors: torch.Tensor, **settings: float) -> Drawn:
+    return cpu_compiled.sample_tokens(*tensors, **settings)
+
+
+IMPLEMENTATIONS = [draw_torch, draw_c, draw_triton]
 
 
 def few(draw, num_rows: int, num_interpreted: int) -> int:
@@ -166,6 +170,14 @@ def test_rows_with_nothing_to_draw_give_a_token_and_nan(settings):
     assert (tokens < 5000).all()
     assert logprobs.isnan().tolist() == [True, True, True, False]
     assert tokens[3] == reference.sample_tokens(logits, *addresses(4), **settings)[0][3]
+
+
+@pytest.mark.parametrize("num_tokens", [49152, 151936])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_draws_in_c_from_large_vocabularies_are_those_of_the_reference(dtype, num_tokens):
+    wide = random_logits(8, num_tokens + 5).to(dtype)
+    logits = wide[:, 2:-3]  # rows that lie apart
+    assert_draws_as_the_reference(draw_c, logits, temperature=0.7, top_k=40, top_p=0.95)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

@@ -266,7 +266,7 @@ def test_a_changed_weight_changes_the_checksum_and_order_does_not(make_policy, m
         ({"batch_invariant": "yes"}, r"engine\.batch_invariant \(yes\)"),
         ({"max_batch_size": -1}, r"engine\.max_batch_size \(-1\) must be at least 0"),
         ({"cache_tokens": -1}, r"engine\.cache_tokens \(-1\) must be at least 0"),
-        ({"kernels": "cuda"}, r"engine\.kernels \(cuda\) must be one of auto, torch, triton"),
+        ({"kernels": "cuda"}, r"engine\.kernels \(cuda\) must be one of auto, c, torch, triton"),
         ({"block_size": 0}, r"engine\.block_size \(0\) must be at least 1"),
         (
             {"device": "cpu", "kernels": "triton", "block_size": 12},

@@ -5,13 +5,20 @@
 #include "attention.h"
 #include <math.h>
 
+enum { SPAN = 16 * LANES };
+
 /* Writes x, of n numbers, normalized and times weight. */
 static void norm(number *to, const number *x, const number *weight, int n, float eps)
 {
     vec sum = {0};
-    for (int i = 0; i < n; i += LANES) {
-        vec v = load(x + i, n - i);
-        sum += v * v;
+    for (int first = 0; first < n; first += SPAN) { /* a single long sum loses digits */
+        vec part = {0};
+        int last = n - first < SPAN ? n : first + SPAN;
+        for (int i = first; i < last; i += LANES) {
+            vec v = load(x + i, n - i);
+            part += v * v;
+        }
+        sum += part;
     }
     float scale = 1.0f / sqrtf(sum_of(sum) / n + eps);
     for (int i = 0; i < n; i += LANES)

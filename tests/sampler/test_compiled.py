@@ -1,0 +1,83 @@
+"""The engine with the C functions draws what it draws with torch, and does without them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from restem_lightning.sampler import Request, SamplingParams
+
+PARAMS = SamplingParams(n=4, temperature=1.0, top_k=20, top_p=0.97, max_new_tokens=40)
+ROOT = Path(__file__).parents[2]
+NO_COMPILER = """
+import sys, torch
+from restem_lightning.sampler import EngineParams, Sampler
+for _ in range(2):
+    sampler = Sampler(sys.argv[1], EngineParams(device="cpu", kernels=sys.argv[2]))
+print(sampler.ops.__name__)
+"""
+
+
+@pytest.fixture
+def requests(prompt):
+    preamble = prompt(13)
+    return [
+        Request(
+            request_id=f"p{number}",
+            prompt_ids=(*preamble, *prompt(1 + 9 * number)),
+            num_shared=13,
+            indices=(0, 1, 2, 3),
+        )
+        for number in range(5)
+    ]
+
+
+# Llama's layers are fused; the others call attention behind transformers' interface.
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3_text"])
+def test_both_draw_the_same_tokens(family, requests, make_policy, make_sampler, draw):
+    policy = make_policy(family)
+    expected = draw(make_sampler(policy, kernels="torch"), requests, PARAMS)
+    got = draw(make_sampler(policy, kernels="c"), requests, PARAMS)
+    for address, sample in expected.items():
+        assert got[address].token_ids == sample.token_ids
+        for mine, theirs in zip(got[address].logprobs, sample.logprobs, strict=True):
+            assert mine == pytest.approx(theirs, abs=2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_in_torch_a_subset_draws_the_same_completions(
+    dtype, requests, make_policy, make_sampler, draw
+):
+    sampler = make_sampler(make_policy(), kernels="torch", dtype=dtype)
+    whole = draw(sampler, requests, PARAMS)
+    for address, sample in draw(sampler, [requests[3], requests[1]], PARAMS).items():
+        assert whole[address] == sample
+
+
+def without_compiler(policy, kernels):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return subprocess.run(
+        [sys.executable, "-c", NO_COMPILER, str(policy), kernels],
+        env=os.environ | {"PYTHONPATH": path, "CC": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_without_a_compiler_the_sampler_says_so_once_and_uses_torch(make_policy):
+    done = without_compiler(make_policy(), "auto")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "restem_kernels.cpu"
+    said = [line for line in done.stderr.splitlines() if "compiler" in line]
+    assert len(said) == 1
+    assert said[0].startswith("sampling in torch alone")
+
+
+def test_c_without_a_compiler_is_refused(make_policy):
+    done = without_compiler(make_policy(), "c")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("restem_lightning.errors.UserError: engine.kernels is c, but")
