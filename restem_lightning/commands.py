@@ -3,7 +3,6 @@
 import hashlib
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +52,9 @@ def sample(words: list[str]) -> None:
     output = Path(made.output)
     store = CompletionStore(output / "completions")
     eos_ids = _draw_sample(made, store)
-    selection = select_completions(store, **asdict(made.selection))
+    selection = select_completions(store, made.selection)
     write_accepted(output / "accepted.parquet", end_with_eos(selection.accepted, eos_ids))
-    num_skipped = count_skipped(selection.funnel, made.sampling.n)
+    num_skipped = count_skipped([store], made.sampling.n)
     funnel = {**selection.funnel, "num_skipped": num_skipped}
     write_json(output / "funnel.json", funnel)
     print(json.dumps(funnel))

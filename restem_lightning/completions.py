@@ -1,6 +1,7 @@
 """Verdicts and completions: what the E-step records about everything that a policy wrote."""
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from restem_lightning.run_dir import (
     write_json,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SCHEMA_METADATA = {
     "schema_version": str(SCHEMA_VERSION),
     "written_by": f"restem_lightning {__version__}",
@@ -48,7 +49,7 @@ SCHEMA = pa.schema(
         ("sampling", _FEW_VALUES),
         ("engine", _FEW_VALUES),
         ("verdict", _FEW_VALUES),
-        ("reward", pa.float32()),
+        ("reward", pa.float64()),
         ("extracted", pa.string()),
         ("detail", pa.string()),
         ("verify_s", pa.float32()),
@@ -59,7 +60,7 @@ SCHEMA = pa.schema(
 
 
 class VerdictKind(str, Enum):
-    """What a verifier says of one completion. Only CORRECT pays."""
+    """What a verifier says of one completion."""
 
     CORRECT = "CORRECT"
     WRONG = "WRONG"
@@ -75,20 +76,29 @@ class Verdict:
     Args:
         kind: CORRECT, WRONG, NO_ANSWER (no answer in the declared format), TIMEOUT or ERROR (the
             verifier itself failed).
+        reward: any finite number; if not given 1.0 for CORRECT, else 0.0 (the binary reward of
+            arXiv 2312.06585, section 3). Selection and D_val go by it, evaluation by the kind.
         extracted: the answer found in the completion, None if there is none.
         detail: the reason in a few words, for people.
         elapsed_s: seconds that the verifier took.
     """
 
     kind: VerdictKind
+    reward: float = None  # type: ignore[assignment]
     extracted: str | None = None
     detail: str = ""
     elapsed_s: float = 0.0
 
-    @property
-    def reward(self) -> float:
-        """1.0 for CORRECT, else 0.0 (the binary reward of arXiv 2312.06585, section 3)."""
-        return 1.0 if self.kind is VerdictKind.CORRECT else 0.0
+    def __post_init__(self) -> None:
+        """Fills in the binary reward.
+
+        Raises:
+            ValueError: the reward is not a finite number.
+        """
+        if self.reward is None:
+            object.__setattr__(self, "reward", float(self.kind is VerdictKind.CORRECT))
+        elif not math.isfinite(self.reward):
+            raise ValueError(f"reward ({self.reward}) must be finite; the verifier must mend it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,6 +377,7 @@ def _to_row(completion: Completion) -> dict[str, Any]:
 def _from_row(row: dict[str, Any]) -> Completion:
     verdict = Verdict(
         kind=VerdictKind(row["verdict"]),
+        reward=row["reward"],
         extracted=row["extracted"],
         detail=row["detail"],
         elapsed_s=row["verify_s"],

@@ -1,6 +1,7 @@
 """`restem fit`: the iterations of ReST^EM, one Trainer.fit each, chained through the run folder."""
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -15,19 +16,28 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from restem_lightning.completions import CompletionStore
 from restem_lightning.errors import UserError
-from restem_lightning.loop.callback import Loop, ReSTEMCallback
+from restem_lightning.fit_checks import check_policies, check_settings, iterations_that_differ
+from restem_lightning.loop.balance import BalanceParams
+from restem_lightning.loop.callback import ReSTEMCallback
+from restem_lightning.loop.draw import DrawParams
 from restem_lightning.loop.e_step import EStepParams, prepare_problems
-from restem_lightning.loop.evaluate import EvaluationParams
-from restem_lightning.loop.quota import check_quota
+from restem_lightning.loop.evaluate import EvaluationParams, ValidationParams
+from restem_lightning.loop.iteration import is_plateau
+from restem_lightning.loop.learned import PreferenceParams, learn_verifier, wants_verifier
+from restem_lightning.loop.mixing import MixParams
 from restem_lightning.loop.ranks import leave_together
+from restem_lightning.loop.shared import Loop
 from restem_lightning.loop.stop_request import Stopped, StopRequest
 from restem_lightning.loop.tracking import Tracker, TrackingParams
 from restem_lightning.m_step.datamodule import AcceptedDataModule
 from restem_lightning.m_step.module import PolicyModule
 from restem_lightning.m_step.stopping import resume_checkpoint, stop_callbacks
-from restem_lightning.problems import Problem, ProblemSource, check_splits
+from restem_lightning.per_iteration import value_at, values_by_setting
+from restem_lightning.problems import Problem, ProblemSource, check_splits, without_questions_of
+from restem_lightning.prompts import PromptTemplate
 from restem_lightning.report.html import iteration_table, write_report
 from restem_lightning.run_dir import RunDir, open_run
+from restem_lightning.scoring import ScoringParams
 from restem_lightning.selection import SelectionParams
 from restem_lightning.settings import (
     add_policy_settings,
@@ -53,8 +63,6 @@ FREE_ON_RESUME = (
     "trainer.enable_progress_bar",
     "trainer.log_every_n_steps",
 )
-# What the loop gives each Trainer itself.
-OWN_TRAINER_SETTINGS = ("logger", "default_root_dir", "fast_dev_run")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,27 +73,13 @@ class StopParams:
         rule: first_drop stops when the reward on D_val no longer rises (the paper) and best runs to
             the end, both keep the best weights; none runs to the end and keeps the last.
         patience: with first_drop, the looks in a row without a rise that end the M-step.
+        at_plateau: end the run after an iteration whose policy has no higher reward on D_val than
+            the one before; `iterations` is then the most.
     """
 
     rule: str = "first_drop"
     patience: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValidationParams:
-    """How D_val is sampled inside the M-step; max_new_tokens and stop are those of the E-step.
-
-    Args:
-        n: completions per problem; the mean reward counts.
-        temperature: 0 for greedy.
-        top_k: 0 for all.
-        top_p: 1 for all.
-    """
-
-    n: int = 1
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    at_plateau: bool = False
 
 
 class ReSTEMCLI(LightningCLI):
@@ -102,6 +96,27 @@ class ReSTEMCLI(LightningCLI):
             type=str,
             default="base",
             help="Weights that each M-step starts from: base (the paper), previous, or a folder.",
+        )
+        parser.add_argument(
+            "--carry_optimizer",
+            type=bool,
+            default=False,
+            help="Whether an M-step goes on with the optimizer's state of the one before; for "
+            "start_from previous and stop.rule none. The learning rate schedule begins anew.",
+        )
+        parser.add_argument(
+            "--per_iteration",
+            type=dict[str, Any],
+            default={},
+            help="Values of a setting in iterations 1, 2, ..., the last one holds on: {selection: "
+            "{threshold: [0.0, 0.7, 0.8]}}; or growth: {trainer: {max_steps: {first: 40, times: "
+            "1.2}}}, {first: 300, plus: 20}. A later config replaces all of it.",
+        )
+        parser.add_argument(
+            "--problems.task",
+            type=str | None,
+            default=None,
+            help="Task of every problem source that has a `task` and leaves it null.",
         )
         parser.add_argument(
             "--problems.train", type=ProblemSource, required=True, help="Problems of the E-step."
@@ -126,14 +141,36 @@ class ReSTEMCLI(LightningCLI):
             "run saves and stops; more than an optimizer step, a checkpoint and a look at D_val.",
         )
         add_policy_settings(parser)
+        parser.add_argument(
+            "--hint",
+            type=PromptTemplate | None,
+            default=None,
+            help="Prompt of a second pass over the problems of which nothing acceptable was drawn, "
+            "such as one that holds {reference_answer}; the M-step sees the usual prompt. Null for "
+            "no such pass.",
+        )
+        parser.add_class_arguments(DrawParams, "draw")
+        parser.add_class_arguments(BalanceParams, "balance")
+        parser.add_class_arguments(ScoringParams, "scoring")
         parser.add_class_arguments(SelectionParams, "selection")
+        parser.add_class_arguments(MixParams, "mix")
         parser.add_class_arguments(EStepParams, "e_step")
         parser.add_class_arguments(StopParams, "stop")
         parser.add_class_arguments(ValidationParams, "validation")
         parser.add_class_arguments(EvaluationParams, "evaluation")
+        parser.add_class_arguments(PreferenceParams, "preference")
         parser.add_class_arguments(TrackingParams, "tracking")
         parser.link_arguments("policy", "model.policy")
         parser.link_arguments("seed_everything", "data.seed")
+
+    def parse_arguments(self, parser, args) -> None:
+        """Parses, and hands `problems.task` to the sources that wait for it."""
+        super().parse_arguments(parser, args)
+        problems = self.config.problems
+        for source in (problems.train, problems.validation, *problems.held_out.values()):
+            made = source.init_args if source is not None and "init_args" in source else {}
+            if "task" in made and made["task"] is None:
+                made["task"] = problems.task
 
     def instantiate_classes(self) -> None:
         """Makes nothing yet: `iteration` does, each time anew (a fitted Trainer trains nothing)."""
@@ -145,9 +182,32 @@ class ReSTEMCLI(LightningCLI):
         del settings["run_dir"]
         return settings
 
-    def build(self) -> Any:
-        """Returns every configured object, made anew."""
-        return self.parser.instantiate_classes(self.config)
+    def build(self, iteration: int, *, start: str | None = None) -> Any:
+        """Returns every configured object of an iteration, made anew.
+
+        Args:
+            iteration: 1-based.
+            start: folder of the weights that the M-step starts from, if it is known yet.
+        """
+        config = self.config_of(iteration)
+        if start is not None:  # not before: parsing links `policy` to it
+            config.model.policy = start
+        return self.parser.instantiate_classes(config)
+
+    def config_of(self, iteration: int) -> Any:
+        """Returns the configuration with the values that `per_iteration` has for an iteration.
+
+        Raises:
+            jsonargparse.ArgumentError: a value does not fit its setting.
+        """
+        by_setting = values_by_setting(self.config.per_iteration, self.config)
+        if not by_setting:
+            return self.config
+        words = []
+        for key, values in by_setting.items():
+            value = value_at(values, iteration)
+            words.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
+        return self.parser.parse_args(words, namespace=self.config.clone())
 
     def make_trainer(self, made: Any, **changes: Any) -> Trainer:
         """Returns a new Trainer with the loop's callbacks behind the configured ones."""
@@ -249,58 +309,42 @@ def _saved(run: RunDir) -> str:
 
 def _run(cli: ReSTEMCLI, run: RunDir, stop: StopRequest) -> None:
     config = cli.config
-    made = cli.build()
-    _check_settings(config, made, run)
+    made = cli.build(1)
     base = resolve_policy(config.policy)
-    if config.start_from not in ("base", "previous"):
-        resolve_policy(config.start_from)
+    for iteration in iterations_that_differ(config):
+        check_settings(cli.config_of(iteration), cli.build(iteration), run, iteration)
+        check_policies(cli.config_of(iteration), base)
     settings = cli.settings()
     with open_verifiers(config.verifier, made.verification) as verifiers:
         problems = _load_problems(made, verifiers)
         if rank_zero_only.rank == 0:  # last: a mistake must not bind the folder to its settings
             open_run(run.path, settings, free=FREE_ON_RESUME)
-        with Tracker(made.tracking, run, settings) as tracker:
-            loop = _make_loop(
-                made, problems, run=run, base=base, seed=settings["seed"], verifiers=verifiers,
-                tracker=tracker, stop=stop,
-            )  # fmt: skip
-            for iteration in range(run.resume_iteration(), config.iterations + 1):
-                _fit_iteration(cli, loop, iteration)
+        questions = {problem.problem_id: problem.question for problem in problems["train"]}
+        with Tracker(made.tracking, run, settings, base=base, questions=questions) as tracker:
+
+            def loop_of(iteration: int) -> Loop:
+                return _make_loop(
+                    cli.build(iteration), problems, run=run, base=base, seed=settings["seed"],
+                    verifiers=verifiers, tracker=tracker, stop=stop,
+                )  # fmt: skip
+
+            for iteration in range(1, config.iterations + 1):
+                is_finished = iteration < run.resume_iteration()
+                if not is_finished and config.stop.at_plateau and is_plateau(run):
+                    break
+                if not is_finished:
+                    _fit_iteration(cli, loop_of(iteration), iteration)
+                if wants_verifier(made.preference, run, iteration, is_last=False):
+                    _learn_verifier(cli, loop_of(iteration), iteration)
+            last = run.finished_iterations()[-1]
+            if wants_verifier(made.preference, run, last, is_last=True):
+                _learn_verifier(cli, loop_of(last), last)
     stop.is_patient = False
     if rank_zero_only.rank == 0:
         write_report([run.path], run.report)
-        last = run.iteration(config.iterations)
+        last = run.iteration(run.finished_iterations()[-1])
         print(f"\n{iteration_table(run.path)}\n\nreport  {run.report}\npolicy  {last.policy}")
     leave_together()
-
-
-def _check_settings(config: Any, made: Any, run: RunDir) -> None:
-    """Checks what no single setting can check by itself.
-
-    Raises:
-        UserError: settings do not fit together.
-    """
-    if config.iterations < 1:
-        raise UserError(f"iterations ({config.iterations}) must be at least 1")
-    for name in OWN_TRAINER_SETTINGS:
-        if value := config.trainer[name]:
-            raise UserError(f"trainer.{name} ({value}) is set by the loop; remove it")
-    n, most = made.sampling.n, made.selection.max_per_problem
-    if most is not None and most > n:
-        raise UserError(
-            f"selection.max_per_problem ({most}) must be at most sampling.n ({n}); lower it or "
-            "draw more"
-        )
-    if made.e_step.stop_at_quota:
-        check_quota(made.selection)
-    stop_callbacks(made.stop.rule, patience=made.stop.patience, folder=run.path)  # checks both
-    if made.problems.validation is None and made.stop.rule != "none":
-        raise UserError(
-            f"stop.rule ({made.stop.rule}) needs problems.validation; give it, or set stop.rule "
-            "to none"
-        )
-    if taken := {"train", "validation"} & set(made.problems.held_out):
-        raise UserError(f"problems.held_out must not name a set {taken.pop()}; rename it")
 
 
 def _load_problems(made: Any, verifiers: VerifierPool) -> dict[str, list[Problem]]:
@@ -310,10 +354,26 @@ def _load_problems(made: Any, verifiers: VerifierPool) -> dict[str, list[Problem
         sources["validation"] = made.problems.validation
     problems = {name: source.load() for name, source in sources.items()}
     check_splits(problems)
+    others = [problem for name in made.problems.held_out for problem in problems[name]]
+    for name in ("validation", "train"):
+        if name in problems:
+            problems[name] = _apart(name, problems[name], others)
+            others += problems[name]
     return {
         name: prepare_problems(some, verifiers, name=name, warn=_say)
         for name, some in problems.items()
     }
+
+
+def _apart(name: str, problems: list[Problem], others: list[Problem]) -> list[Problem]:
+    """Returns the problems that no set they must be unknown to asks as well."""
+    kept, dropped = without_questions_of(problems, others)
+    if dropped:
+        _say(
+            f"problems.{name}: {len(dropped)} of {len(problems)} are dropped, a set that measures "
+            f"asks the same ({dropped[0].problem_id})"
+        )
+    return kept
 
 
 def _make_loop(
@@ -340,8 +400,14 @@ def _make_loop(
         sampling=made.sampling,
         validation_sampling=replace(made.sampling, **asdict(made.validation), min_p=0.0),
         engine=made.engine,
+        draw=made.draw,
+        hint=made.hint,
+        balance=made.balance,
         e_step=made.e_step,
+        scoring=made.scoring,
         selection=made.selection,
+        mix=made.mix,
+        carry_optimizer=made.carry_optimizer,
         evaluation=made.evaluation,
         tracker=tracker,
         stop=stop,
@@ -352,14 +418,16 @@ def _fit_iteration(cli: ReSTEMCLI, loop: Loop, iteration: int) -> None:
     """One E-step and one M-step, in new objects throughout."""
     paths = loop.run.iteration(iteration)
     previous = loop.base if iteration == 1 else str(loop.run.iteration(iteration - 1).policy)
-    start = {"base": loop.base, "previous": previous}.get(
-        cli.config.start_from, cli.config.start_from
-    )
-    cli.config.model.policy = resolve_policy(start)
-    made = cli.build()
+    known = {"base": loop.base, "previous": previous}
+    start_from = cli.config_of(iteration).start_from
+    start = resolve_policy(known.get(start_from, start_from))
+    made = cli.build(iteration, start=start)
     stop = stop_callbacks(made.stop.rule, patience=made.stop.patience, folder=paths.m_step)
     callback = ReSTEMCallback(
-        loop, iteration, sampler_policy=previous, trained_from=cli.config.model.policy
+        loop,
+        iteration,
+        policies=[resolve_policy(known.get(name, name)) for name in loop.draw.names()],
+        trained_from=start,
     )
     trainer = cli.make_trainer(
         made,
@@ -369,6 +437,22 @@ def _fit_iteration(cli: ReSTEMCLI, loop: Loop, iteration: int) -> None:
     )
     loop.stop.is_patient = True  # ranks are connected now: only together can they stop
     trainer.fit(made.model, made.data, ckpt_path=resume_checkpoint(paths.m_step))
+
+
+def _learn_verifier(cli: ReSTEMCLI, loop: Loop, iteration: int) -> None:
+    """Trains the verifier of a finished iteration, in new objects throughout."""
+    params = cli.build(iteration).preference
+    start = {"base": loop.base}.get(params.start_from, params.start_from)
+    if re.fullmatch(r"iteration_\d+", start):
+        start = str(loop.run.path / start / "policy")
+    made = cli.build(iteration)
+    learn_verifier(
+        loop,
+        iteration,
+        params,
+        start=resolve_policy(start),
+        make_trainer=lambda **changes: cli.make_trainer(made, callbacks=[], **changes),
+    )
 
 
 @rank_zero_only

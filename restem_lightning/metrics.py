@@ -1,5 +1,6 @@
 """pass@k, maj@k, their 95 % intervals, and diversity. Pure functions of verdicts and texts."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -86,6 +87,33 @@ def majority_at_k(extracted: Sequence[str | None], correct: Sequence[bool], k: i
     starts = range(0, len(extracted) - k + 1, k)
     wins = [_majority_is_correct(extracted[i : i + k], correct[i : i + k]) for i in starts]
     return sum(wins) / len(wins)
+
+
+def best_of_k(correct: Sequence[bool], scores: Sequence[float], k: int) -> float:
+    """Returns the chance that the best-scored of k completions of one problem is correct, 0 to 1.
+
+    The k are drawn without replacement from all n. With a_i the correctness of the i-th best score
+    (from 0) it is sum_i a_i C(n - i - 1, k - 1) / C(n, k); of equal scores each counts as the mean
+    of them, which is what breaking ties at random gives.
+
+    Args:
+        correct: whether each completion is CORRECT; length n.
+        scores: of the scorer; length n.
+        k: completions that one attempt may use, 1 to n.
+
+    Raises:
+        UserError: k is out of range.
+
+    Source: arXiv 2402.06457, equation 3.
+    """
+    n = len(correct)
+    assert n == len(scores)
+    _check_k(k, n)
+    _, group = np.unique(-np.asarray(scores, dtype=np.float64), return_inverse=True)
+    right = np.bincount(group, weights=np.asarray(correct, dtype=np.float64))
+    share = np.repeat(right / np.bincount(group), np.bincount(group))
+    ways = np.array([math.comb(n - i - 1, k - 1) / math.comb(n, k) for i in range(n)])
+    return float(share @ ways)
 
 
 def wilson(num_successes: int, num_trials: int) -> Estimate:

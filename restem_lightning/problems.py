@@ -49,7 +49,6 @@ class ProblemSource(Protocol):
         """Returns the problems in a fixed order, the same at every call."""
 
 
-SEED_STRIDE = 1_000_000
 _TEXTS = ("problem_id", "question", "split", "source")
 _OPTIONAL_TEXTS = ("reference_answer", "reference_solution", "tests", "entry_point")
 
@@ -113,7 +112,7 @@ def write_problems(path: str | Path, problems: Iterable[Problem]) -> None:
 
 
 def check_splits(named: dict[str, list[Problem]]) -> None:
-    """Checks that no problem_id and no question text occurs in two splits.
+    """Checks that no problem_id occurs in two splits.
 
     Args:
         named: the problems of each split by the split's name, e.g. "train" and "held_out".
@@ -121,18 +120,30 @@ def check_splits(named: dict[str, list[Problem]]) -> None:
     Raises:
         UserError: one does.
     """
-    seen: dict[tuple[str, str], tuple[str, str]] = {}
+    split_of: dict[str, str] = {}
     for name, problems in named.items():
-        for problem in problems:
-            text = " ".join(problem.question.split())
-            for key in (("problem_id", problem.problem_id), ("question", text)):
-                other, other_id = seen.setdefault(key, (name, problem.problem_id))
-                if other != name:
-                    raise UserError(
-                        f"splits {other!r} and {name!r} share the {key[0]} {key[1][:80]!r} "
-                        f"(problems {other_id!r} and {problem.problem_id!r}); use disjoint slices "
-                        "(offset, num)"
-                    )
+        for problem_id in {problem.problem_id: None for problem in problems}:
+            other = split_of.setdefault(problem_id, name)
+            if other != name:
+                raise UserError(
+                    f"splits {other!r} and {name!r} share the problem_id {problem_id!r}; use "
+                    "disjoint slices (offset, num) or other seeds"
+                )
+
+
+def without_questions_of(
+    problems: list[Problem], others: Iterable[Problem]
+) -> tuple[list[Problem], list[Problem]]:
+    """Returns the problems whose question none of the others asks, and those that are asked twice.
+
+    Data sets repeat themselves, and generators do so where a task has few problems; white space
+    does not tell questions apart.
+    """
+    asked = {" ".join(other.question.split()) for other in others}
+    kept, dropped = [], []
+    for problem in problems:
+        (dropped if " ".join(problem.question.split()) in asked else kept).append(problem)
+    return kept, dropped
 
 
 class JsonlProblems:
@@ -263,63 +274,6 @@ class MATH:
         return kept
 
 
-class ReasoningGym:
-    """Generated problems with their own checkers (the reasoning-gym library, arXiv 2505.24760)."""
-
-    def __init__(
-        self, task: str, seed: int, num: int, split: str = "", config: dict[str, Any] | None = None
-    ) -> None:
-        """Generates problems of one reasoning-gym task (needs the `reasoning-gym` library).
-
-        Args:
-            task: name of the task, e.g. chain_sum.
-            seed: another one for each split; problem i has the library's seed `seed * 1000000 + i`
-                (the library itself shares all problems but one between neighbouring seeds).
-            num: how many problems, at least 1.
-            split: what the problems' `split` shall say.
-            config: further settings of the task, by their names there.
-        """
-        self._task, self._seed, self._num, self._split = task, seed, num, split
-        self._config = config or {}
-
-    def load(self) -> list[Problem]:
-        """Returns the problems with ids such as chain_sum/7/0 (task, seed, index).
-
-        `metadata` says how to generate the entry again, and holds it if JSON keeps it unchanged.
-        """
-        data = reasoning_gym_dataset(self._task, self._seed, self._num, self._config)
-        return [self._problem(index, data[index]) for index in range(self._num)]
-
-    def _problem(self, index: int, entry: dict[str, Any]) -> Problem:
-        place = {"task": self._task, "seed": self._seed, "size": self._num, "index": index}
-        kept = {"entry": entry} if _survives_json(entry) else {}
-        answer = entry["answer"]
-        return Problem(
-            problem_id=f"{self._task}/{self._seed}/{index}",
-            question=entry["question"],
-            reference_answer=None if answer is None else str(answer),
-            split=self._split,
-            source="reasoning_gym",
-            metadata={**place, "config": self._config, **kept},
-        )
-
-
-def reasoning_gym_dataset(task: str, seed: int, size: int, config: dict[str, Any]) -> Any:
-    """Returns reasoning-gym's data set object: indexable, with `score_answer(answer, entry)`.
-
-    Raises:
-        UserError: the library is missing, or does not know the task or the settings.
-    """
-    try:
-        import reasoning_gym
-    except ImportError as error:
-        raise UserError(f"task {task!r} needs `pip install reasoning-gym` ({error})") from error
-    try:
-        return reasoning_gym.create_dataset(task, seed=seed * SEED_STRIDE, size=size, **config)
-    except (ValueError, TypeError, AssertionError) as error:
-        raise UserError(f"reasoning_gym task {task!r} with config {config}: {error}") from error
-
-
 def last_boxed(text: str) -> str | None:
     r"""Returns what the last \boxed or \fbox holds, None if there is none or it is not closed."""
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
@@ -340,13 +294,6 @@ def last_boxed(text: str) -> str | None:
 def open_file(path: Path, mode: str) -> IO[bytes]:
     """Opens a plain or, by its suffix .gz, a compressed file; mode is "rb" or "wb"."""
     return gzip.open(path, mode) if path.suffix == ".gz" else path.open(mode)
-
-
-def _survives_json(value: Any) -> bool:
-    try:
-        return repr(json.loads(json.dumps(value))) == repr(value)
-    except (TypeError, ValueError):
-        return False
 
 
 def _slice(problems: list[Problem], offset: int, num: int | None, path: str) -> list[Problem]:

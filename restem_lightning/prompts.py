@@ -58,8 +58,10 @@ class FewShotPrompt:
                 `problem`) per line; a name without a folder is looked for in the package's prompts
                 too. None for zero-shot.
             num_shots: how many of them, from the first; None for all.
-            question_format: how a question is put; holds {question}.
-            answer_format: how a shot's answer follows its question; holds {answer}.
+            question_format: how a question is put; holds {question}, and as a hint may hold
+                {reference_answer} (of a shot: its `reference_answer`, or what follows #### in it).
+            answer_format: how an answer follows its question, in a shot and in a human solution to
+                train on; holds {answer}.
             separator: between shots.
             instruction: text before everything.
 
@@ -72,23 +74,29 @@ class FewShotPrompt:
         ):
             if field not in value:
                 raise UserError(f"{name} ({value!r}) must hold {field}")
-        self.question_format = question_format
+        self.question_format, self.answer_format = question_format, answer_format
         pairs = _read_shots(shots)[:num_shots] if shots else []
         if num_shots is not None and len(pairs) < num_shots:
             raise UserError(f"num_shots ({num_shots}) is more than the {len(pairs)} of {shots}")
         self.preamble = instruction + "".join(
-            question_format.replace("{question}", question)
-            + answer_format.replace("{answer}", answer)
-            + separator
-            for question, answer in pairs
+            self._question(question, reference) + self.render_answer(answer) + separator
+            for question, answer, reference in pairs
         )
 
     def render(self, problem: Problem, tokenizer: Any) -> Prompt:
         """Returns the preamble and the question."""
-        question = self.question_format.replace("{question}", problem.question)
+        question = self._question(problem.question, problem.reference_answer or "")
         return Prompt(
             text=self.preamble + question, preamble=self.preamble, add_special_tokens=True
         )
+
+    def render_answer(self, solution: str) -> str:
+        """Returns a solution as it follows a question."""
+        return self.answer_format.replace("{answer}", solution)
+
+    def _question(self, question: str, reference_answer: str) -> str:
+        parts = self.question_format.split("{question}")
+        return question.join(p.replace("{reference_answer}", reference_answer) for p in parts)
 
 
 class ChatPrompt:
@@ -151,12 +159,15 @@ def encode_prompt(
 
 def template_hash(template: PromptTemplate, tokenizer: Any) -> str:
     """Returns a hash of what the template makes of a made-up problem; part of a pool's key."""
-    probe = Problem(problem_id="probe", question="How many letters are in the word four?")
+    probe = Problem(
+        problem_id="probe", question="How many letters are in the word four?", reference_answer="4"
+    )
     prompt = template.render(probe, tokenizer)
     return hashlib.sha256(json.dumps([prompt.text, prompt.add_special_tokens]).encode()).hexdigest()
 
 
-def _read_shots(path: str) -> list[tuple[str, str]]:
+def _read_shots(path: str) -> list[tuple[str, str, str]]:
+    """Returns (question, answer, reference answer) of each shot."""
     file = Path(path)
     if not file.exists() and (ASSETS / "prompts" / path).exists():
         file = ASSETS / "prompts" / path
@@ -168,5 +179,6 @@ def _read_shots(path: str) -> list[tuple[str, str]]:
         answer = row.get("answer", row.get("target", row.get("solution")))
         if not isinstance(question, str) or not isinstance(answer, str):
             raise UserError(f"{file}:{number} must hold `question` and `answer` as text")
-        pairs.append((question, answer))
+        reference = row.get("reference_answer", answer.rpartition("####")[2].strip())
+        pairs.append((question, answer, str(reference)))
     return pairs

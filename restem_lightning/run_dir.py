@@ -35,6 +35,7 @@ class IterationDir:
         self.funnel = self.path / "funnel.json"
         self.m_step = self.path / "m_step"
         self.policy = self.path / "policy"
+        self.optimizer = self.path / "optimizer.pt"
         self.metrics = self.path / "metrics.json"
         self.manifest = self.path / "manifest.json"
 

@@ -14,14 +14,9 @@ from restem_lightning.errors import UserError
 from restem_lightning.m_step.export import check_policy_folder
 from restem_lightning.prompts import ASSETS, PromptTemplate
 from restem_lightning.sampler import EngineParams, SamplingParams
-from restem_lightning.verifiers import VerifierPool, VerifierSpec
+from restem_lightning.verifiers import VERIFIERS, VerifierPool, verifier_spec
 
 EMBEDDED_POLICY = ASSETS / "policy"
-VERIFIERS = {
-    "math": "restem_lightning.verifiers.MathVerifier",
-    "procedural": "restem_lightning.verifiers.ProceduralVerifier",
-    "callable": "restem_lightning.verifiers.CallableVerifier",
-}
 VERIFIER_HELP = (
     f"Name ({', '.join(VERIFIERS)}), class path (package.module.Class or path/file.py:Class), or "
     "{class_path, init_args}."
@@ -74,7 +69,7 @@ def add_policy_settings(parser: ArgumentParser) -> None:
         type=PromptTemplate,
         default={
             "class_path": "restem_lightning.prompts.FewShotPrompt",
-            "init_args": {"question_format": "Q: {question}\nA:\n"},
+            "init_args": {"question_format": "Q: {question}\nA:\n", "answer_format": "{answer}"},
         },
         help="How a problem is put to the policy: a class with `render(problem, tokenizer)`.",
     )
@@ -121,25 +116,6 @@ def verifier_setting(value: str | dict[str, Any]) -> str | dict[str, Any]:
         return json.loads(value) if is_json else value
     except ValueError as error:
         raise ArgumentTypeError(f"{value} is not JSON ({error})") from error
-
-
-def verifier_spec(value: str | dict[str, Any]) -> VerifierSpec:
-    """Returns how to build the verifier that a name, a class path or a mapping stands for.
-
-    Raises:
-        UserError: an unknown name or a mapping without class_path.
-    """
-    if isinstance(value, str):
-        if value not in VERIFIERS and "." not in value:
-            raise UserError(
-                f"verifier ({value}) must be one of {', '.join(VERIFIERS)}, or a class path"
-            )
-        return VerifierSpec(class_path=VERIFIERS.get(value, value))
-    unknown = set(value) - {"class_path", "init_args"}
-    if unknown or "class_path" not in value:
-        raise UserError(f"verifier ({value}) must hold class_path and, if wanted, init_args")
-    class_path = VERIFIERS.get(value["class_path"], value["class_path"])
-    return VerifierSpec(class_path=class_path, init_args=value.get("init_args") or {})
 
 
 def open_verifiers(value: str | dict[str, Any], params: VerificationParams) -> VerifierPool:

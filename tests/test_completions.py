@@ -53,7 +53,19 @@ def test_completions_survive_the_table():
     assert from_table(to_table(originals)) == originals
 
 
-def test_only_correct_has_a_reward_in_the_table():
+def test_a_reward_of_the_verifier_s_own_survives_the_table():
+    verdicts = [Verdict(kind=VerdictKind.WRONG, reward=0.8), Verdict(kind=VerdictKind.CORRECT)]
+    originals = [completion(index=i).with_verdict(verdict) for i, verdict in enumerate(verdicts)]
+    assert [one.verdict for one in from_table(to_table(originals))] == verdicts
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf")])
+def test_a_reward_that_is_not_finite_is_refused(reward):
+    with pytest.raises(ValueError, match="must be finite"):
+        Verdict(kind=VerdictKind.CORRECT, reward=reward)
+
+
+def test_without_one_of_its_own_only_correct_has_a_reward():
     table = to_table([completion(kind=kind) for kind in VerdictKind])
     rewards = dict(zip(table["verdict"].to_pylist(), table["reward"].to_pylist(), strict=True))
     assert rewards == {
@@ -81,7 +93,7 @@ def test_chosen_columns_come_in_the_order_asked_for(tmp_path):
 
 def test_the_file_tells_its_schema_version(tmp_path):
     part = CompletionStore(tmp_path).write_part(0, [completion()])
-    assert pq.read_schema(part.path).metadata[b"schema_version"] == b"2"
+    assert pq.read_schema(part.path).metadata[b"schema_version"] == b"3"
 
 
 def test_another_schema_version_is_refused(tmp_path):

@@ -4,6 +4,8 @@ import jsonargparse
 import pytest
 import yaml
 
+from restem_lightning.errors import UserError
+
 # LightningCLI warns of words given beside those of pytest's own command line.
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args")
 ROOT = Path(__file__).parent.parent
@@ -72,3 +74,20 @@ def test_shared_values_are_linked_to_where_they_are_needed():
     assert cli.config.model.policy == "some/folder"
     assert cli.config.data.seed == 5
     assert cli.settings()["seed"] == 5
+
+
+def test_one_setting_names_the_task_of_all_generated_problem_sets():
+    procedural = ROOT / "configs" / "procedural.yaml"
+    problems = parse("--config", procedural, "--problems.task", "spell_backward").config.problems
+    sources = [problems.train, problems.validation, *problems.held_out.values()]
+    assert [source.init_args.task for source in sources] == ["spell_backward"] * 3
+    assert len({source.init_args.seed for source in sources}) == 3
+    own = parse("--config", procedural, "--problems.validation.init_args.task", "gcd")
+    assert own.config.problems.validation.init_args.task == "gcd"
+
+
+def test_without_a_task_a_set_of_generated_problems_is_refused():
+    from restem_lightning.procedural import ReasoningGym
+
+    with pytest.raises(UserError, match=r"task \(null\).*set problems.task"):
+        ReasoningGym(seed=1, num=1)

@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NOUNS = ("problems", "prompts", "completions", "selection", "metrics", "run_dir", "errors")
+NOUNS = (
+    "problems",
+    "prompts",
+    "completions",
+    "equations",
+    "selection",
+    "metrics",
+    "per_iteration",
+    "run_dir",
+    "errors",
+)
 SAMPLER = (
     "params",
     "sequence",
@@ -25,7 +35,7 @@ SAMPLER = (
     "generation",
     "engine",
 )
-M_STEP = ("module", "datamodule", "fsdp", "export", "packing", "stopping")
+M_STEP = ("module", "datamodule", "fsdp", "export", "packing", "stopping", "optimizer_state")
 
 
 def modules_after(statement):

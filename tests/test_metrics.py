@@ -5,6 +5,7 @@ import pytest
 
 from restem_lightning.errors import UserError
 from restem_lightning.metrics import (
+    best_of_k,
     bootstrap,
     diversity,
     evaluate_table,
@@ -121,3 +122,24 @@ def test_normalize_text_keeps_the_space_between_words():
 def test_diversity_counts_texts_that_differ_beyond_spacing():
     assert diversity([["3 + 4", "3+4", "7", "7"], ["a", "b"], []]) == 0.75
     assert diversity([]) is None
+
+
+@pytest.mark.parametrize("scores", [[0.5, 0.9, 0.1, 0.7, 0.3], [1, 1, 0, 0, 0], [2, 2, 2, 2, 2]])
+def test_best_of_k_is_the_mean_over_all_subsets_and_orders_of_equal_scores(scores):
+    correct = [True, False, True, False, True]
+    for k in range(1, 6):
+        wins = []
+        for subset in combinations(range(5), k):
+            best = max(scores[i] for i in subset)
+            tied = [correct[i] for i in subset if scores[i] == best]
+            wins.append(sum(tied) / len(tied))
+        assert best_of_k(correct, scores, k) == pytest.approx(sum(wins) / len(wins), abs=1e-12)
+
+
+def test_best_of_1_is_the_mean_and_best_of_n_the_best_one():
+    correct, scores = [True, False, False, True], [-3.0, -1.0, -2.0, -4.0]
+    assert best_of_k(correct, scores, 1) == pytest.approx(0.5)
+    assert best_of_k(correct, scores, 4) == 0.0
+    assert best_of_k(correct, [0.0, *scores[1:]], 4) == 1.0
+    with pytest.raises(UserError, match=r"k \(5\)"):
+        best_of_k(correct, scores, 5)

@@ -11,12 +11,13 @@ from restem_lightning.problems import (
     MATH,
     JsonlProblems,
     Problem,
-    ReasoningGym,
     check_splits,
     last_boxed,
     read_problems,
+    without_questions_of,
     write_problems,
 )
+from restem_lightning.procedural import ReasoningGym
 
 
 def problem(problem_id="a", question="What is 1+1?", **values):
@@ -195,6 +196,10 @@ def test_generated_problems_are_the_same_at_every_call():
     assert {(p.split, p.source) for p in first} == {("s", "reasoning_gym")}
 
 
+def test_what_a_task_prints_while_it_generates_does_no_harm():
+    assert len(ReasoningGym("bf", seed=1, num=2).load()) == 2
+
+
 def test_neighbouring_seeds_generate_different_problems():
     train, held_out = (ReasoningGym("chain_sum", seed=seed, num=50).load() for seed in (1, 2))
     assert {p.question for p in train}.isdisjoint(p.question for p in held_out)
@@ -206,12 +211,17 @@ def test_an_unknown_task_or_setting_is_refused(task, config):
         ReasoningGym(task, seed=1, num=1, config=config).load()
 
 
-def test_splits_that_share_a_question_or_an_id_are_refused():
+def test_splits_that_share_an_id_are_refused():
     check_splits({"train": [problem("a", "x"), problem("b", "x")], "held_out": [problem("c", "y")]})
-    with pytest.raises(UserError, match="'train' and 'held_out' share the question 'x y'"):
-        check_splits({"train": [problem("a", "x  y")], "held_out": [problem("b", "x y\n")]})
-    with pytest.raises(UserError, match="share the problem_id 'a'"):
+    with pytest.raises(UserError, match="'train' and 'held_out' share the problem_id 'a'"):
         check_splits({"train": [problem("a", "x")], "held_out": [problem("a", "y")]})
+
+
+def test_a_question_that_others_ask_as_well_is_dropped():
+    problems = [problem("a", "x  y"), problem("b", "x"), problem("c", "z")]
+    kept, dropped = without_questions_of(problems, [problem("d", "x y\n"), problem("e", "z")])
+    assert [one.problem_id for one in kept] == ["b"]
+    assert [one.problem_id for one in dropped] == ["a", "c"]
 
 
 def test_importing_problems_imports_nothing_heavy():

@@ -54,6 +54,24 @@ def test_few_shot_text_is_instruction_shots_and_question(shots):
     assert prompt.preamble == "Solve.\nQ: 1+1?\nA: 2\n\nQ: 2+1?\nA: 3\n\n"
 
 
+def test_a_hint_shows_the_reference_answer_of_the_problem_and_of_each_shot(tmp_path):
+    path = tmp_path / "shots.jsonl"
+    rows = [
+        {"question": "1+1?", "answer": "It is 2.\n#### 2"},
+        {"question": "2+1?", "answer": "three", "reference_answer": "3"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template = FewShotPrompt(str(path), question_format="{question} ({reference_answer})\n")
+    problem = Problem(problem_id="p", question="Is {reference_answer} 4?", reference_answer="4")
+    assert template.render(problem, None).text == (
+        "1+1? (2)\n It is 2.\n#### 2\n\n2+1? (3)\n three\n\nIs {reference_answer} 4? (4)\n"
+    )
+    tokenizer = make_tokenizer()
+    other = FewShotPrompt(question_format="{question} {reference_answer}")
+    plain = FewShotPrompt(question_format="{question} ")
+    assert template_hash(other, tokenizer) != template_hash(plain, tokenizer)
+
+
 def test_zero_shot_has_no_preamble():
     prompt = FewShotPrompt().render(OTHER, None)
     assert (prompt.text, prompt.preamble) == ("Q: What is 2+2?\nA:", "")

@@ -1,5 +1,7 @@
+import math
 import random
 import time
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
@@ -11,23 +13,24 @@ from restem_lightning.completions import (
     VerdictKind,
     to_table,
 )
+from restem_lightning.equations import equations
 from restem_lightning.errors import UserError
 from restem_lightning.selection import (
     ACCEPTED_SCHEMA,
     SelectionParams,
     empty_reason,
     end_with_eos,
-    equations,
     read_accepted,
     select_completions,
     write_accepted,
 )
+from restem_lightning.selection.rules import edit_distance
 
 KINDS = [VerdictKind.CORRECT, VerdictKind.WRONG, VerdictKind.NO_ANSWER]
 
 
 def completion(
-    problem_id="p", index=0, text="t", kind=VerdictKind.CORRECT, finish="eos"
+    problem_id="p", index=0, text="t", kind=VerdictKind.CORRECT, finish="eos", reward=None
 ) -> Completion:
     return Completion(
         iteration=1,
@@ -42,7 +45,7 @@ def completion(
         finish_reason=finish,
         policy_hash="abc",
         sampling="{}",
-        verdict=Verdict(kind=kind, elapsed_s=random.random()),
+        verdict=Verdict(kind=kind, reward=reward, elapsed_s=random.random()),
         verifier="math/1",
     )
 
@@ -71,8 +74,12 @@ def addresses(accepted: pa.Table) -> list[tuple[str, int]]:
     return list(zip(*columns, strict=True))
 
 
+def chosen_by(source, **arguments):
+    return select_completions(source, SelectionParams(**arguments))
+
+
 def kept(table: pa.Table, **arguments) -> list[int]:
-    return select_completions(table, **arguments).accepted["completion_index"].to_pylist()
+    return chosen_by(table, **arguments).accepted["completion_index"].to_pylist()
 
 
 def test_only_correct_and_complete_completions_are_accepted():
@@ -82,11 +89,29 @@ def test_only_correct_and_complete_completions_are_accepted():
     assert kept(to_table(completions)) == [0, 8]
 
 
+@pytest.mark.parametrize(
+    ("threshold", "expected"),
+    [("correct", [0, 1]), (0, [0, 1, 3]), (0.5, [0, 3]), (0.7, [0]), (-1, [0, 1, 2, 3, 5]),
+     ("none", [0, 1, 2, 3, 4, 5])],
+)  # fmt: skip
+def test_a_threshold_accepts_rewards_above_it_but_no_error(threshold, expected):
+    rewards = [
+        (VerdictKind.CORRECT, None), (VerdictKind.CORRECT, 0.25), (VerdictKind.CORRECT, 0.0),
+        (VerdictKind.WRONG, 0.7), (VerdictKind.NO_ANSWER, -1.0), (VerdictKind.TIMEOUT, None),
+        (VerdictKind.ERROR, 2.0),
+    ]  # fmt: skip
+    table = to_table(
+        [completion(index=i, kind=kind, reward=reward) for i, (kind, reward) in enumerate(rewards)]
+    )
+    assert kept(table, threshold=threshold) == expected
+
+
 def test_the_accepted_dataset_has_its_columns_and_the_sampled_tokens():
-    accepted = select_completions(to_table([completion(index=3, text="x")])).accepted
+    accepted = chosen_by(to_table([completion(index=3, text="x")])).accepted
     assert accepted.schema.equals(ACCEPTED_SCHEMA, check_metadata=True)
     assert accepted.to_pylist() == [
         {
+            "iteration": 1,
             "problem_id": "p",
             "completion_index": 3,
             "prompt_ids": [1, 2],
@@ -103,25 +128,25 @@ def test_the_accepted_dataset_has_its_columns_and_the_sampled_tokens():
 def test_the_result_does_not_depend_on_rows_or_parts(tmp_path, select, dedupe):
     arguments = {"max_per_problem": 2, "select": select, "dedupe": dedupe, "seed": 4}
     completions = pool()
-    expected = select_completions(to_table(completions), **arguments)
+    expected = chosen_by(to_table(completions), **arguments)
     shuffled = random.Random(1).sample(completions, len(completions))
-    assert select_completions(to_table(shuffled), **arguments) == expected
+    assert chosen_by(to_table(shuffled), **arguments) == expected
     store = CompletionStore(tmp_path)
     for index, numbers in enumerate([(7,), (0, 3, 11), (1, 2, 4, 5, 6, 8, 9, 10)]):
         names = {f"p{number}" for number in numbers}
         store.write_part(index, [one for one in shuffled if one.problem_id in names])
-    assert select_completions(store, **arguments) == expected
+    assert chosen_by(store, **arguments) == expected
 
 
 def test_order_is_by_problem_id_then_completion_index():
-    found = addresses(select_completions(to_table(pool()), select="random").accepted)
+    found = addresses(chosen_by(to_table(pool()), select="random").accepted)
     assert found == sorted(found)
     assert len(found) > 10
 
 
 def test_the_funnel_adds_up():
     completions = pool()
-    selection = select_completions(to_table(completions), max_per_problem=2, dedupe="exact")
+    selection = chosen_by(to_table(completions), max_per_problem=2, dedupe="exact")
     whole = [one for one in completions if one.finish_reason != "length"]
     correct = [one for one in whole if one.verdict.reward == 1.0]
     distinct = {(one.problem_id, one.text) for one in correct}
@@ -169,7 +194,7 @@ def test_dedupe_by_equations_ignores_words_but_not_other_steps():
 
 def test_dedupe_is_within_a_problem():
     table = to_table([completion("a", text="same"), completion("b", text="same")])
-    assert select_completions(table, dedupe="exact").accepted.num_rows == 2
+    assert chosen_by(table, dedupe="exact").accepted.num_rows == 2
 
 
 @pytest.mark.parametrize(
@@ -209,13 +234,13 @@ def test_no_limit_keeps_all():
 
 def test_random_depends_on_seed_and_problem_but_on_no_other_problem():
     table = to_table([completion(f"p{n}", i) for n in range(30) for i in range(8)])
-    found = addresses(select_completions(table, max_per_problem=2, select="random").accepted)
-    other = select_completions(table, max_per_problem=2, select="random", seed=1).accepted
+    found = addresses(chosen_by(table, max_per_problem=2, select="random").accepted)
+    other = chosen_by(table, max_per_problem=2, select="random", seed=1).accepted
     assert found != addresses(other)
     chosen = {tuple(i for pid, i in found if pid == f"p{n}") for n in range(30)}
     assert len(chosen) > 5
     alone = table.filter(pa.compute.equal(table["problem_id"], "p17"))
-    selection = select_completions(alone, max_per_problem=2, select="random")
+    selection = chosen_by(alone, max_per_problem=2, select="random")
     assert addresses(selection.accepted) == [one for one in found if one[0] == "p17"]
 
 
@@ -233,15 +258,74 @@ def test_diverse_starts_at_the_first_and_takes_the_farthest():
     assert kept(table, max_per_problem=3, select="diverse") == [0, 2, 3]
 
 
+def test_max_reward_takes_the_highest_and_of_equals_the_first():
+    rewards = [0.5, 2.0, 1.0, 2.0]
+    table = to_table([completion(index=i, reward=reward) for i, reward in enumerate(rewards)])
+    assert kept(table, max_per_problem=1, select="max_reward") == [1]
+    assert kept(table, max_per_problem=3, select="max_reward") == [1, 2, 3]
+
+
+def test_a_vote_ignores_truncated_completions_and_a_tie_goes_to_the_first_answer():
+    answers = [("5", "length"), ("5", "length"), ("7", "eos"), (None, "eos"), ("6", "eos")]
+    table = to_table(
+        [
+            replace(
+                completion(index=i, finish=finish),
+                verdict=Verdict(kind=VerdictKind.WRONG, extracted=answer),
+            )
+            for i, (answer, finish) in enumerate(answers)
+        ]
+    )
+    assert kept(table, rewards="majority") == [2]
+
+
+def test_weights_follow_the_reward_and_one_too_large_is_refused():
+    table = to_table([completion(index=i, reward=reward) for i, reward in enumerate([0.5, 2.0])])
+    for params, expected in (
+        ({"weight": "reward"}, [0.5, 2.0]),
+        ({"weight": "exponential", "beta": 2.0}, [math.exp(0.25), math.exp(1.0)]),
+    ):
+        weights = chosen_by(table, **params).accepted["weight"].to_pylist()
+        assert weights == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(UserError, match=r"beta \(0\.01\) must be above 0\.025"):
+        chosen_by(table, weight="exponential", beta=0.01)
+
+
+def table_of_distances(a, b):
+    """The textbook's table of the edit distance, row by row."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        before, row = row, [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (x != y)))
+    return row[-1]
+
+
+def test_the_edit_distance_is_that_of_the_textbook():
+    rng = random.Random(0)
+    for _ in range(300):
+        a, b = ("".join(rng.choices("abc", k=rng.randrange(12))) for _ in range(2))
+        assert edit_distance(a, b) == table_of_distances(a, b)
+    long = ["".join(rng.choices("ab 1", k=150)) for _ in range(2)]
+    assert edit_distance(*long) == table_of_distances(*long)
+
+
+def test_the_count_of_a_problem_is_raised_no_further_than_needed_or_possible():
+    table = to_table([completion("a", i) for i in range(5)] + [completion("b", 0)])
+    for total, expected in ((1, 2), (2, 2), (3, 3), (4, 4), (6, 6), (99, 6)):
+        found = chosen_by(table, max_per_problem=1, min_total=total).accepted
+        assert found.num_rows == expected
+
+
 def test_two_writes_of_one_selection_have_the_same_bytes(tmp_path):
     for name, seed in (("a", 1), ("b", 2)):
         shuffled = random.Random(seed).sample(pool(), 240)
-        write_accepted(tmp_path / name, select_completions(to_table(shuffled)).accepted)
+        write_accepted(tmp_path / name, chosen_by(to_table(shuffled)).accepted)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_the_accepted_dataset_survives_the_file(tmp_path):
-    accepted = select_completions(to_table(pool())).accepted
+    accepted = chosen_by(to_table(pool())).accepted
     write_accepted(tmp_path / "accepted.parquet", accepted)
     found = read_accepted(tmp_path / "accepted.parquet")
     assert found.equals(accepted)
@@ -260,13 +344,14 @@ def test_a_damaged_accepted_dataset_is_a_user_error(tmp_path):
 def test_a_completion_that_is_there_twice_is_refused():
     table = to_table([completion("q", 5), completion("q", 5)])
     with pytest.raises(UserError, match="'q'"):
-        select_completions(table)
+        chosen_by(table)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"max_per_problem": 0}, r"max_per_problem \(0\)"),
+        ({"threshold": "high"}, r"threshold \('high'\).*correct, none"),
         ({"select": "best"}, r"select \('best'\).*first, random, diverse"),
         ({"dedupe": "fuzzy"}, r"dedupe \('fuzzy'\).*equations"),
     ],
@@ -274,8 +359,6 @@ def test_a_completion_that_is_there_twice_is_refused():
 def test_values_that_are_not_allowed_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         SelectionParams(**arguments)
-    with pytest.raises(UserError, match=message):
-        select_completions(of_texts("a"), **arguments)
 
 
 @pytest.mark.parametrize(
@@ -294,14 +377,14 @@ def test_values_that_are_not_allowed_are_refused(arguments, message):
     ],
 )
 def test_the_reason_of_an_empty_dataset_names_the_stage_and_a_remedy(completions, message):
-    selection = select_completions(to_table(completions))
+    selection = chosen_by(to_table(completions))
     assert selection.accepted.num_rows == 0
     assert message in empty_reason(selection.funnel)
 
 
 def test_every_accepted_completion_ends_with_eos_and_logprobs_stay_as_drawn():
     table = to_table([completion(index=3, finish="stop"), completion(index=4, finish="eos")])
-    accepted = select_completions(table).accepted
+    accepted = chosen_by(table).accepted
     ended = end_with_eos(accepted, (7, 9))
     assert ended["completion_ids"].to_pylist() == [[3, 9], [4, 9]]
     ended = end_with_eos(accepted, (7,))

@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,100 +12,38 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from restem_lightning.completions import CompletionStore
 from restem_lightning.errors import UserError
-from restem_lightning.loop.e_step import EStepParams, e_step_metrics, fill_store
-from restem_lightning.loop.evaluate import EvaluationParams, draw_evaluation, measure, total_reward
+from restem_lightning.loop.evaluate import draw_evaluation, measure, total_reward
+from restem_lightning.loop.iteration import EStep
 from restem_lightning.loop.parity import measure_parity, parity_warning
 from restem_lightning.loop.progress import Stopwatch
-from restem_lightning.loop.quota import count_skipped
 from restem_lightning.loop.ranks import barrier, is_rank_zero, rank_and_count
-from restem_lightning.loop.stage import Policy, Stage, load_policy
-from restem_lightning.loop.stop_request import Stopped, StopRequest, is_amid_epoch
-from restem_lightning.loop.tracking import Tracker
+from restem_lightning.loop.shared import Loop
+from restem_lightning.loop.stage import Policy, load_policy
+from restem_lightning.loop.stop_request import Stopped
 from restem_lightning.loop.weights import hand_over, release_memory
 from restem_lightning.m_step.export import export_policy, load_best
-from restem_lightning.problems import Problem
-from restem_lightning.prompts import PromptTemplate
-from restem_lightning.run_dir import IterationDir, RunDir, read_json, write_json
-from restem_lightning.sampler import EngineParams, SamplingParams
-from restem_lightning.selection import (
-    SelectionParams,
-    empty_reason,
-    end_with_eos,
-    select_completions,
-    write_accepted,
-)
-from restem_lightning.verifiers import VerifierPool
+from restem_lightning.m_step.optimizer_state import load_optimizer, save_optimizer
+from restem_lightning.run_dir import IterationDir, read_json, write_json
+from restem_lightning.selection import empty_reason
 
-MAX_TABLE_ROWS = 1000
 VALIDATION_CACHE_TOKENS = 65536  # of the sampler that measures D_val within the M-step
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loop:
-    """What all iterations of a run share.
-
-    Args:
-        run: the run folder.
-        base: folder of the base model.
-        seed: of the run; part of the address of every draw.
-        train: problems of the E-step.
-        validation: D_val, problems that decide when an M-step stops; may be empty.
-        held_out: evaluation sets by name.
-        template: makes the prompts.
-        verifiers: pool of the verifier.
-        sampling: of the E-step.
-        validation_sampling: of D_val.
-        engine: how the sampler uses the machine.
-        e_step: size of parts, alarm, quota, parity.
-        selection: which completions are accepted.
-        evaluation: how policies are measured.
-        tracker: sends metrics to where they are watched.
-        stop: whether the run shall stop; asked where nothing is lost.
-    """
-
-    run: RunDir
-    base: str
-    seed: int
-    train: list[Problem]
-    validation: list[Problem]
-    held_out: dict[str, list[Problem]]
-    template: PromptTemplate
-    verifiers: VerifierPool
-    sampling: SamplingParams
-    validation_sampling: SamplingParams
-    engine: EngineParams
-    e_step: EStepParams
-    selection: SelectionParams
-    evaluation: EvaluationParams
-    tracker: Tracker
-    stop: StopRequest
-
-    def stage(self, policy: Policy, iteration: int) -> Stage:
-        """Returns how a policy draws in an iteration, with the settings of the E-step."""
-        return Stage(
-            policy=policy,
-            template=self.template,
-            verifiers=self.verifiers,
-            params=self.sampling,
-            seed=self.seed,
-            iteration=iteration,
-        )
 
 
 class ReSTEMCallback(Callback):
     """Runs all of an iteration that is not the M-step; new for each iteration."""
 
-    def __init__(self, loop: Loop, iteration: int, *, sampler_policy: str, trained_from: str):
+    def __init__(self, loop: Loop, iteration: int, *, policies: list[str], trained_from: str):
         """Prepares one iteration.
 
         Args:
             loop: what all iterations share.
             iteration: 1-based.
-            sampler_policy: folder of the policy that samples in this E-step.
+            policies: folders of the policies that sample in this E-step.
             trained_from: folder of the weights that this M-step starts from.
         """
         self.loop, self.iteration = loop, iteration
-        self.sampler_policy, self.trained_from = sampler_policy, trained_from
+        self.policies, self.trained_from = policies, trained_from
+        self.e_step = EStep(loop, iteration, policies)
         self.paths = loop.run.iteration(iteration)
         self.parity_json = self.paths.path / "parity.json"
         self.validation_policy: Policy | None = None
@@ -114,26 +52,27 @@ class ReSTEMCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The E-step: here ranks are connected and no training weights are in memory yet."""
         self._stop_if_asked(trainer)
-        base_is_measured = self.loop.run.iteration(0).metrics.exists()
-        if not (self.paths.funnel.exists() and base_is_measured):
-            policy = load_policy(self.sampler_policy, self.loop.engine)
-            if self.iteration == 1 and not base_is_measured:
-                self._measure(trainer, 0, policy)
-            if not self.paths.funnel.exists():
-                self._e_step(trainer, policy)
-            del policy
+        if self.iteration == 1 and not self.loop.run.iteration(0).metrics.exists():
+            self._measure(0, load_policy(self.loop.base, self.loop.engine))
             release_memory()
+        if not self.paths.funnel.exists():
+            self.e_step.run(self._stopwatch("e_step").lap)
+            self._stop_if_asked(trainer)
         self._check_parity()
         funnel = read_json(self.paths.funnel)
-        if funnel["accepted"] == 0:
+        if funnel["trained_on"] == 0:
             raise UserError(f"the accepted dataset is empty: {empty_reason(funnel)}")
-        check_interval(trainer, -(-funnel["accepted"] // trainer.datamodule.batch_size))
+        check_interval(trainer, -(-funnel["trained_on"] // trainer.datamodule.batch_size))
         trainer.datamodule.accepted = str(self.paths.accepted)
         self.watch = self._stopwatch("m_step")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes signals back from Lightning, which has wrapped our handlers by now."""
-        self.loop.stop.install()
+        """Goes on with the optimizer's state of the M-step before, if that is wanted."""
+        self.loop.stop.install()  # Lightning has wrapped our handlers by now
+        before = self.loop.run.iteration(self.iteration - 1).optimizer
+        # A resumed M-step has its own state already.
+        if self.loop.carry_optimizer and before.exists() and trainer.global_step == 0:
+            load_optimizer(pl_module.model, trainer.optimizers[0], before)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -171,8 +110,7 @@ class ReSTEMCallback(Callback):
             self._export(trainer, pl_module)
         pl_module.model = None
         release_memory()
-        policy = load_policy(str(self.paths.policy), self.loop.engine)
-        self._measure(trainer, self.iteration, policy)
+        self._measure(self.iteration, load_policy(str(self.paths.policy), self.loop.engine))
         release_memory()
 
     def state_dict(self) -> dict[str, Any]:
@@ -206,61 +144,22 @@ class ReSTEMCallback(Callback):
         if self._is_agreed(trainer):
             raise Stopped
 
-    def _e_step(self, trainer: Trainer, policy: Policy) -> None:
-        """Draws, verifies and selects; writes accepted.parquet, then funnel.json."""
-        loop, store = self.loop, CompletionStore(self.paths.completions)
-        watch = self._stopwatch("e_step")
-        fill_store(
-            store,
-            loop.train,
-            loop.stage(policy, self.iteration),
-            e_step=loop.e_step,
-            quota=loop.selection if loop.e_step.stop_at_quota else None,
-            show=f"E-step {self.iteration}",
-            on_part=watch.lap,
-            should_stop=loop.stop.is_asked,
-        )
-        barrier()
-        watch.lap()
-        self._stop_if_asked(trainer)
-        if is_rank_zero():
-            self._select(store, policy)
-        barrier()
-
-    def _select(self, store: CompletionStore, policy: Policy) -> None:
-        store.verify_checksums()
-        selection = select_completions(store, **asdict(self.loop.selection))
-        num_skipped = count_skipped(selection.funnel, self.loop.sampling.n)
-        funnel = {**selection.funnel, "num_skipped": num_skipped}
-        stages = ("completions", "not_truncated", "correct", "distinct", "accepted")
-        print(
-            f"iteration {self.iteration}: "
-            + " -> ".join(f"{stage.replace('_', ' ')} {funnel[stage]}" for stage in stages)
-            + f"; {funnel['num_solved']} of {funnel['num_problems']} problems solved"
-            + (f"; {num_skipped} not drawn, the quota was met" if num_skipped else "")
-        )
-        self.loop.tracker.log_completions(self.iteration, store, MAX_TABLE_ROWS)
-        accepted = end_with_eos(selection.accepted, policy.sampler.eos_ids)
-        write_accepted(self.paths.accepted, accepted)
-        self.parity_json.unlink(missing_ok=True)  # that of another pool
-        write_json(self.paths.funnel, funnel)
-
     def _check_parity(self) -> None:
         """Lets the trainer's forward pass score a slice of the pool, once; the sampler is gone."""
         num = self.loop.e_step.parity_completions
-        if num == 0:
+        if num == 0 or not self.e_step.is_drawn_here:
             return
         if is_rank_zero() and not self.parity_json.exists():
             watch = self._stopwatch("parity")
             parity = measure_parity(
                 CompletionStore(self.paths.completions),
-                self.sampler_policy,
+                self.policies[0],
                 num_completions=num,
                 device=self.loop.engine.resolve_device(),
             )
             release_memory()
             watch.lap()
-            if warning := parity_warning(parity, self.sampler_policy):
+            if warning := parity_warning(parity, self.policies[0]):
                 print(f"restem fit: iteration {self.iteration}: {warning}", file=sys.stderr)
             write_json(self.parity_json, parity)
         barrier()
@@ -295,20 +194,34 @@ class ReSTEMCallback(Callback):
                 "the M-step ended before its first look at D_val; lower trainer.val_check_interval "
                 f"({trainer.val_check_interval}) or set stop.rule to none"
             )
+        looked_at = self.val_rewards[-1][0] if self.val_rewards else None
+        if best is None and self.loop.validation and looked_at != trainer.global_step:
+            # The last weights become the policy, wherever in an epoch the M-step ended.
+            self.val_rewards.append((trainer.global_step, self._validation_reward(pl_module)))
+            self.validation_policy = None
+            release_memory()
         if is_rank_zero():
             step, reward = max(self.val_rewards, key=lambda pair: pair[1], default=(None, None))
             record = {
                 "optimizer_steps": trainer.global_step,
+                "val_reward": self._reward_of_policy(is_best=best is not None),
                 "best_val_reward": reward,
                 "best_optimizer_step": step,
                 "val_rewards": [list(pair) for pair in self.val_rewards],
             }
             write_json(self.paths.m_step / "m_step.json", record)
+        if self.loop.carry_optimizer:
+            save_optimizer(pl_module.model, trainer.optimizers[0], self.paths.optimizer)
         if best is not None:
             load_best(pl_module, best.best_model_path)
         export_policy(pl_module, self.paths.policy, source_policy=pl_module.policy)
 
-    def _measure(self, trainer: Trainer, iteration: int, policy: Policy) -> None:
+    def _reward_of_policy(self, *, is_best: bool) -> float | None:
+        """Returns the reward on D_val of the weights that are exported, None without D_val."""
+        rewards = [reward for _, reward in self.val_rewards]
+        return (max(rewards) if is_best else rewards[-1]) if rewards else None
+
+    def _measure(self, iteration: int, policy: Policy) -> None:
         """Evaluates a policy on every set and writes the iteration's metrics, then its manifest."""
         loop, paths = self.loop, self.loop.run.iteration(iteration)
         watch = Stopwatch(paths.path / "seconds.json", "evaluation")
@@ -321,11 +234,9 @@ class ReSTEMCallback(Callback):
                 loop.stage(policy, iteration),
                 e_step=loop.e_step,
                 on_part=watch.lap,
-                should_stop=loop.stop.is_asked,
             )
         barrier()
         watch.lap()
-        self._stop_if_asked(trainer)
         if is_rank_zero():
             self._finish(iteration, paths, policy)
         barrier()
@@ -338,12 +249,11 @@ class ReSTEMCallback(Callback):
                 name: measure(paths.path / "evaluation" / name, loop.evaluation)
                 for name in loop.held_out
             },
-            "e_step": e_step_metrics(paths) if iteration else {},
+            "e_step": self.e_step.metrics() if iteration else {},
             "m_step": read_json(paths.m_step / "m_step.json") if iteration else {},
             "seconds": read_json(paths.path / "seconds.json"),
         }
         write_json(paths.metrics, metrics)
-        loop.tracker.log_iteration(metrics)
         for name, values in metrics["evaluation"].items():
             shown = ", ".join(f"{key} {100 * one['value']:.1f} %" for key, one in values.items())
             print(f"iteration {iteration}: {name} {shown}")
@@ -352,15 +262,28 @@ class ReSTEMCallback(Callback):
                 paths.manifest,
                 {
                     "iteration": iteration,
-                    "sampler_policy": self.sampler_policy,
+                    "sampler_policy": self.policies[0],
+                    "sampler_policies": self.policies,
+                    "pool_iteration": self.e_step.pool_iteration,
                     "trained_from": self.trained_from,
                     "policy_hash": policy.hash,
                 },
             )
             _remove_checkpoints(paths.m_step)
+            loop.run.iteration(iteration - 1).optimizer.unlink(missing_ok=True)
+        loop.tracker.catch_up()
 
     def _stopwatch(self, stage: str) -> Stopwatch:
         return Stopwatch(self.paths.path / "seconds.json", stage)
+
+
+def is_amid_epoch(trainer: Trainer, batch_idx: int) -> bool:
+    """Returns whether neither a look at D_val nor the end of the epoch follows a batch."""
+    if trainer.val_check_batch is None:  # looks by the clock: any may be the next
+        return False
+    num_done = batch_idx + 1 if trainer.check_val_every_n_epoch else trainer.global_step
+    is_look_due = num_done % trainer.val_check_batch == 0
+    return not is_look_due and batch_idx + 1 < trainer.num_training_batches
 
 
 def check_interval(trainer: Trainer, num_steps: int) -> None:

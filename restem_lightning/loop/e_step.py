@@ -11,11 +11,11 @@ from typing import Any
 from restem_lightning.completions import Completion, CompletionStore
 from restem_lightning.errors import UserError
 from restem_lightning.loop.progress import Bar, Progress
-from restem_lightning.loop.ranks import group_store, is_rank_zero
+from restem_lightning.loop.ranks import any_rank, group_store, is_rank_zero
 from restem_lightning.loop.stage import Stage, verified_completions
+from restem_lightning.loop.stop_request import Stopped
 from restem_lightning.problems import Problem
 from restem_lightning.prompts import template_hash
-from restem_lightning.run_dir import IterationDir, read_json
 from restem_lightning.selection import SelectionParams
 from restem_lightning.verifiers import VerifierPool, check_references
 
@@ -71,11 +71,13 @@ def pool_key(
     key = {
         "seed": stage.seed,
         "iteration": stage.iteration,
+        "first_index": stage.first_index,
         "purpose": stage.purpose,
         "policy_hash": stage.policy.hash,
         "sampling": asdict(stage.params),
         "prompt_hash": template_hash(stage.template, stage.policy.tokenizer),
         "verifier": stage.verifier,
+        "scoring": stage.scoring.key() if stage.scoring and stage.is_e_step else None,
         "dtype": str(stage.policy.sampler.dtype),
         "num_problems": len(problems),
         "problems_hash": hashlib.sha256(content.encode()).hexdigest(),
@@ -83,7 +85,8 @@ def pool_key(
         "stop_at_quota": None,
     }
     if quota is not None:  # a pool that lacks what another quota needs must not serve it
-        key["stop_at_quota"] = {"max_per_problem": quota.max_per_problem, "dedupe": quota.dedupe}
+        names = ("threshold", "max_per_problem", "dedupe", "quota", "probe")
+        key["stop_at_quota"] = {name: getattr(quota, name) for name in names}
     return key
 
 
@@ -96,9 +99,8 @@ def fill_store(
     quota: SelectionParams | None = None,
     show: str = "E-step",
     on_part: Callable[[], None] | None = None,
-    should_stop: Callable[[], bool] | None = None,
 ) -> None:
-    """Draws what a store still lacks, part by part.
+    """Draws what a store still lacks, part by part; every rank must call it, and all end together.
 
     Parts are claimed from the process group's store, so a fast rank takes more of them.
 
@@ -110,20 +112,18 @@ def fill_store(
         quota: see `verified_completions`.
         show: title of the progress bar.
         on_part: called after each part that this rank has written.
-        should_stop: asked between completions; if it says so the store is left as it is then.
 
     Raises:
+        Stopped: a rank was told to stop; the parts that are finished are saved.
         UserError: the store was made with other settings, or the verifier is broken.
     """
-    if should_stop is not None and should_stop():
-        return
     size, n = e_step.problems_per_part, stage.params.n
     parts = [problems[first : first + size] for first in range(0, len(problems), size)]
     part_of = {p.problem_id: number for number, part in enumerate(parts) for p in part}
     if is_rank_zero():
         store.check_key(pool_key(stage, problems, problems_per_part=size, quota=quota))
     done = {part.index for part in store.parts()}
-    claimed = claims(f"{stage.purpose}{stage.iteration}", len(parts))
+    claimed = claims(f"{stage.purpose}{stage.iteration}/{stage.first_index}", len(parts))
 
     def wanted() -> Iterator[Problem]:
         for number in claimed:
@@ -142,14 +142,27 @@ def fill_store(
             collected[number].append(completion)
             num_done[number] += is_last
             if num_done[number] == len(parts[number]):
-                store.write_part(number, _in_order(collected.pop(number), parts[number]))
+                whole = _in_order(collected.pop(number), parts[number])
+                store.write_part(number, _scored(whole, parts[number], stage))
                 if on_part is not None:
                     on_part()
             bar.total -= num_skipped
             bar.set_postfix_str(progress.summary(time.monotonic() - start), refresh=False)
             bar.update()
-            if should_stop is not None and should_stop():
-                return
+            if stage.should_stop():
+                break
+    if any_rank(stage.should_stop()):
+        raise Stopped
+
+
+def _scored(
+    completions: list[Completion], problems: list[Problem], stage: Stage
+) -> list[Completion]:
+    """Returns completions with the verdict of the learned verifier too, where there is one."""
+    if stage.scoring is None or not stage.is_e_step:
+        return completions
+    by_id = {problem.problem_id: problem for problem in problems}
+    return stage.scoring.apply([(by_id[one.problem_id], one) for one in completions])
 
 
 def _in_order(completions: list[Completion], problems: list[Problem]) -> list[Completion]:
@@ -166,33 +179,6 @@ def claims(name: str, num_parts: int) -> Iterator[int]:
         return
     while (number := store.add(f"restem/{name}", 1) - 1) < num_parts:
         yield number
-
-
-def e_step_metrics(paths: IterationDir) -> dict[str, Any]:
-    """Returns the E-step's part of metrics.json, from the pool and the funnel."""
-    funnel = read_json(paths.funnel)
-    num_tokens, reasons = 0, Counter()
-    store = CompletionStore(paths.completions)
-    for batch in store.iter_batches(["completion_ids", "finish_reason"]):
-        num_tokens += len(batch["completion_ids"].flatten())
-        reasons.update(batch["finish_reason"].to_pylist())
-    seconds = read_json(paths.path / "seconds.json").get("e_step", 0.0)
-    parity = paths.path / "parity.json"
-    return {
-        "num_problems": funnel["num_problems"],
-        "num_completions": funnel["completions"],
-        "num_skipped": funnel["num_skipped"],
-        "num_correct": funnel["correct"],
-        "acceptance_rate": funnel["acceptance_rate"],
-        "num_solved": funnel["num_solved"],
-        "num_accepted": funnel["accepted"],
-        "num_tokens": num_tokens,
-        "seconds": seconds,
-        "tokens_per_s": round(num_tokens / seconds, 1) if seconds else None,
-        "verdicts": funnel["verdicts"],
-        "finish_reasons": dict(sorted(reasons.items())),
-        "parity": read_json(parity) if parity.exists() else None,
-    }
 
 
 def prepare_problems(

@@ -73,6 +73,23 @@ class EvaluationParams:
         return stages
 
 
+@dataclass(frozen=True, kw_only=True)
+class ValidationParams:
+    """How D_val is sampled inside the M-step; max_new_tokens and stop are those of the E-step.
+
+    Args:
+        n: completions per problem; the mean reward counts.
+        temperature: 0 for greedy.
+        top_k: 0 for all.
+        top_p: 1 for all.
+    """
+
+    n: int = 1
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
 def draw_evaluation(
     folder: Path,
     name: str,
@@ -82,7 +99,6 @@ def draw_evaluation(
     *,
     e_step: EStepParams,
     on_part: Callable[[], None] | None = None,
-    should_stop: Callable[[], bool] | None = None,
 ) -> None:
     """Draws the completions of one evaluation set into stores below a folder; resumable.
 
@@ -96,7 +112,6 @@ def draw_evaluation(
         stage: what draws and judges; `params` are those of the E-step.
         e_step: size of parts, alarm.
         on_part: called after each part that this rank has written.
-        should_stop: see `fill_store`.
     """
     for kind, params in evaluation.stages(stage.params).items():
         fill_store(
@@ -106,7 +121,6 @@ def draw_evaluation(
             e_step=e_step,
             show=f"{name} {kind}",
             on_part=on_part,
-            should_stop=should_stop,
         )
 
 

@@ -1,11 +1,11 @@
 """Quota: how many of a problem's completions must be drawn to know which are accepted."""
 
-from collections.abc import Hashable, Sequence
-from typing import Any
+import json
+from collections.abc import Hashable, Iterable, Sequence
 
-from restem_lightning.completions import Completion
+from restem_lightning.completions import Completion, CompletionStore
 from restem_lightning.errors import UserError
-from restem_lightning.selection import SelectionParams, dedupe_key
+from restem_lightning.selection import SelectionParams, dedupe_key, is_acceptable, limit_of
 
 
 def check_quota(selection: SelectionParams) -> None:
@@ -20,6 +20,13 @@ def check_quota(selection: SelectionParams) -> None:
             "e_step.stop_at_quota would change the accepted dataset; set selection.select to "
             "first, or e_step.stop_at_quota to false"
         )
+    for name, neutral in (("rewards", "verdict"), ("min_total", None), ("random_control", False),
+                          ("dedupe_keep", "first")):  # fmt: skip
+        if (value := getattr(selection, name)) != neutral:
+            raise UserError(
+                f"selection.{name} ({value}) looks at all completions of a problem; set it to "
+                f"{json.dumps(neutral)}, or e_step.stop_at_quota to false"
+            )
     if selection.max_per_problem is None:
         raise UserError(
             "selection.max_per_problem (null) must be a number with e_step.stop_at_quota; set it, "
@@ -43,8 +50,12 @@ def next_indices(
     """
     if quota is None:
         return tuple(range(len(drawn), n))
-    num_accepted = len({_key(one, quota) for one in drawn if _is_acceptable(one)})
-    num_missing = quota.max_per_problem - num_accepted
+    fails = [not is_acceptable(one, quota.threshold) for one in drawn]
+    good = {_key(one, quota) for one, fail in zip(drawn, fails, strict=True) if not fail}
+    num_accepted = len(good)
+    if quota.quota == "fail_rate" and len(drawn) < quota.probe:
+        return tuple(range(len(drawn), min(n, quota.probe)))
+    num_missing = limit_of(fails, quota, quota.max_per_problem) - num_accepted
     if num_missing <= 0:
         return ()
     # As many as will do if the rest is like what was drawn.
@@ -54,18 +65,15 @@ def next_indices(
     return tuple(range(len(drawn), min(n, len(drawn) + num_next)))
 
 
-def count_skipped(funnel: dict[str, Any], n: int) -> int:
-    """Returns how many completions of a pool were not drawn because of the quota.
+def count_skipped(stores: Iterable[CompletionStore], n: int) -> int:
+    """Returns how many completions were not drawn because of the quota.
 
     Args:
-        funnel: of the selection from the pool.
-        n: completions per problem without a quota.
+        stores: the pools of an E-step.
+        n: completions per problem of a pool without a quota.
     """
-    return funnel["num_problems"] * n - funnel["completions"]
-
-
-def _is_acceptable(completion: Completion) -> bool:
-    return completion.verdict.reward == 1.0 and completion.finish_reason != "length"
+    parts = (part for store in stores for part in store.parts())
+    return sum(len(part.problem_ids) * n - part.num_rows for part in parts)
 
 
 def _key(completion: Completion, quota: SelectionParams) -> Hashable:

@@ -97,7 +97,8 @@ def _policy_in_run(folder: Path) -> str:
     for parent in pool.parents:
         run, number = RunDir(parent.parent), parent.name.removeprefix("iteration_")
         if number != parent.name and number.isdecimal() and run.run_json.is_file():
-            drawn_by = int(number) - (pool.parent == parent)
+            is_e_step = pool.relative_to(parent).parts[0] in ("completions", "balance")
+            drawn_by = int(number) - is_e_step
             if drawn_by < 1:
                 return read_json(run.run_json)["settings"]["policy"]
             return str(run.iteration(drawn_by).policy)

@@ -3,11 +3,11 @@
 import json
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from restem_lightning.completions import Completion, Verdict
 from restem_lightning.loop.quota import next_indices
@@ -15,8 +15,10 @@ from restem_lightning.m_step.export import policy_hash
 from restem_lightning.problems import Problem
 from restem_lightning.prompts import PromptTemplate, encode_prompt
 from restem_lightning.sampler import EngineParams, Request, Sample, Sampler, SamplingParams
+from restem_lightning.scoring import ScoringParams
 from restem_lightning.selection import SelectionParams
 from restem_lightning.verifiers import VerifierPool
+from restem_lightning.verifiers.composed import ITERATION
 
 POLL_EVERY_S = 0.02
 
@@ -52,6 +54,15 @@ def load_policy(folder: str, engine: EngineParams) -> Policy:
     )
 
 
+def eos_ids(folder: str) -> tuple[int, ...]:
+    """Returns the token ids that end a completion of a policy folder, the one to write first."""
+    try:
+        eos = GenerationConfig.from_pretrained(folder).eos_token_id
+    except OSError:  # there is no generation_config.json
+        eos = AutoConfig.from_pretrained(folder).eos_token_id
+    return tuple([eos] if isinstance(eos, int) else eos or [])
+
+
 def engine_record(engine: EngineParams) -> dict[str, Any]:
     """Returns engine settings with what `auto` means here; EngineParams takes them again."""
     return asdict(engine) | {
@@ -74,6 +85,10 @@ class Stage:
         iteration: part of the address of every draw.
         purpose: part of the address, before the problem_id; tells the draws of an evaluation from
             those of the E-step.
+        scoring: a learned verifier, for the E-step alone; None for none.
+        first_index: completion_index of each problem's first completion; pools that are united
+            share none.
+        should_stop: asked between completions.
     """
 
     policy: Policy
@@ -83,6 +98,14 @@ class Stage:
     seed: int
     iteration: int
     purpose: str = ""
+    scoring: ScoringParams | None = None
+    first_index: int = 0
+    should_stop: Callable[[], bool] = bool  # never
+
+    @property
+    def is_e_step(self) -> bool:
+        """Whether completions are drawn to train on, and not to measure a policy."""
+        return not self.purpose.startswith(("evaluation/", "validation/"))
 
     @property
     def verifier(self) -> str:
@@ -170,7 +193,7 @@ class _UnderWay:
                 request_id=self.stage.purpose + drawing.problem.problem_id,
                 prompt_ids=tuple(drawing.prompt_ids),
                 num_shared=drawing.num_shared,
-                indices=drawing.next_indices,
+                indices=tuple(self.stage.first_index + i for i in drawing.next_indices),
             )
 
     def _take_up(self) -> _Drawing | None:
@@ -179,6 +202,8 @@ class _UnderWay:
         if problem is None:
             return None
         prompt_ids, num_shared = encode_prompt(stage.template, problem, stage.policy.tokenizer)
+        if stage.is_e_step:
+            problem = replace(problem, metadata={**problem.metadata, ITERATION: stage.iteration})
         self.drawings[problem.problem_id] = _Drawing(
             problem=problem,
             prompt_ids=prompt_ids,

@@ -16,6 +16,12 @@ from restem_lightning.errors import UserError
 from restem_lightning.problems import Problem
 
 HEADER = struct.Struct(">I")
+VERIFIERS = {
+    "math": "restem_lightning.verifiers.MathVerifier",
+    "procedural": "restem_lightning.verifiers.ProceduralVerifier",
+    "callable": "restem_lightning.verifiers.CallableVerifier",
+    "composed": "restem_lightning.verifiers.ComposedVerifier",
+}
 
 
 class Verifier(Protocol):
@@ -101,6 +107,25 @@ class VerifierSpec:
                 "(see restem_lightning.verifiers.base.Verifier)"
             )
         return verifier
+
+
+def verifier_spec(value: str | dict[str, Any]) -> VerifierSpec:
+    """Returns how to build the verifier that a name, a class path or a mapping stands for.
+
+    Raises:
+        UserError: an unknown name or a mapping without class_path.
+    """
+    if isinstance(value, str):
+        if value not in VERIFIERS and "." not in value:
+            raise UserError(
+                f"verifier ({value}) must be one of {', '.join(VERIFIERS)}, or a class path"
+            )
+        return VerifierSpec(class_path=VERIFIERS.get(value, value))
+    unknown = set(value) - {"class_path", "init_args"}
+    if unknown or "class_path" not in value:
+        raise UserError(f"verifier ({value}) must hold class_path and, if wanted, init_args")
+    class_path = VERIFIERS.get(value["class_path"], value["class_path"])
+    return VerifierSpec(class_path=class_path, init_args=value.get("init_args") or {})
 
 
 def frame(message: Any) -> bytes:

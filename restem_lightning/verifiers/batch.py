@@ -39,7 +39,9 @@ def check_references(
         if text is not None:
             pool.submit(index, problem, text)
     verdict_of.update(pool.drain())
-    bad = {i: verdict for i, verdict in verdict_of.items() if verdict.reward != 1.0}
+    bad = {
+        i: verdict for i, verdict in verdict_of.items() if verdict.kind is not VerdictKind.CORRECT
+    }
     kept = [problem for index, problem in enumerate(problems) if index not in bad]
     return kept, [(problems[index], bad[index]) for index in sorted(bad)]
 

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from restem_lightning.completions import Verdict, VerdictKind
+from restem_lightning.equations import equations
 from restem_lightning.errors import UserError
 from restem_lightning.problems import Problem, last_boxed
 from restem_lightning.verifiers.comparison import compare
+from restem_lightning.verifiers.equations import wrong_equation
 
 MAX_TEXT = 20_000
 STOP_MARKS = ("\nQ:", "\nQuestion:", "\nProblem:")
@@ -44,6 +46,8 @@ class MathVerifier:
         self,
         answer_format: str = "auto",
         stop_marks: Sequence[str] = STOP_MARKS,
+        check_equations: bool = False,
+        needs_reference: bool = True,
     ) -> None:
         r"""Judges a final answer against the problem's reference answer.
 
@@ -54,20 +58,31 @@ class MathVerifier:
                 `The answer is x.` only if there is no other.
             stop_marks: the completion is cut before the first of these, so that a next problem
                 that the policy invents is never judged.
+            check_equations: a correct answer has reward 0 if one of the completion's equations
+                (3 + 4 = 7, <<3+4=7>>) does not hold within 0.001 or cannot be read; its verdict
+                stays CORRECT, so evaluation does not change.
+            needs_reference: a problem without a reference answer is ERROR; if false its answers
+                are extracted and WRONG, for selection.rewards majority.
 
         Raises:
             UserError: an unknown answer_format.
         """
         check_answer_format(answer_format)
         self._answer_format, self._stop_marks = answer_format, tuple(stop_marks)
+        self._check_equations, self._needs_reference = check_equations, needs_reference
+        if check_equations:
+            self.version = f"{self.version}+equations"
 
     def warm_up(self) -> None:
         """Imports what algebra needs."""
         self.compare(r"\sqrt{4}", "2")
 
     def cache_key(self, problem: Problem, completion_text: str) -> tuple[Any, ...]:
-        """Returns the reference and the extracted answer: nothing else matters."""
-        return problem.reference_answer, self._extract(completion_text)
+        """Returns the reference and the extracted answer, and equations if they are checked."""
+        key = problem.reference_answer, self._extract(completion_text)
+        if not self._check_equations:
+            return key
+        return (*key, equations(judged_text(completion_text, self._stop_marks)))
 
     def verify(self, problem: Problem, completion_text: str) -> Verdict:
         """Returns the verdict on the answer found in the completion.
@@ -79,14 +94,24 @@ class MathVerifier:
         if answer is None:
             return Verdict(kind=VerdictKind.NO_ANSWER, detail=f"no {self._answer_format} answer")
         if not (problem.reference_answer or "").strip():
+            if not self._needs_reference:
+                detail = "no reference to compare with"
+                return Verdict(kind=VerdictKind.WRONG, extracted=answer, detail=detail)
             raise UserError(f"problem {problem.problem_id!r} has no reference_answer")
         is_equal, detail = self.compare(problem.reference_answer, answer)
         kind = VerdictKind.CORRECT if is_equal else VerdictKind.WRONG
+        if is_equal and self._check_equations:
+            wrong = wrong_equation(judged_text(completion_text, self._stop_marks))
+            if wrong is not None:
+                detail = f"the equation {wrong} does not hold"
+                return Verdict(kind=kind, reward=0.0, extracted=answer, detail=detail)
         return Verdict(kind=kind, extracted=answer, detail=detail)
 
     def reference_completion(self, problem: Problem) -> str | None:
         """Returns the reference solution if it has the declared format, else only the answer."""
         solution = problem.reference_solution
+        if not self._needs_reference and problem.reference_answer is None:
+            return None
         if solution is not None and self._extract(solution) is not None:
             return solution
         return render_answer(problem.reference_answer or "?", self._answer_format)
@@ -107,20 +132,27 @@ def check_answer_format(answer_format: str) -> None:
         )
 
 
+def judged_text(text: str, stop_marks: Sequence[str] = STOP_MARKS) -> str:
+    """Returns the part of a completion that is judged.
+
+    It is the text before the first stop mark and after `</think>` (nothing if `<think>` is not
+    closed), and of that the last 20,000 characters.
+    """
+    ends = [position for mark in stop_marks if (position := text.find(mark)) >= 0]
+    kept = text[: min(ends)] if ends else text
+    _, closed, after = kept.rpartition("</think>")
+    return "" if not closed and "<think>" in after else after[-MAX_TEXT:]
+
+
 def extract_answer(
     text: str, answer_format: str, stop_marks: Sequence[str] = STOP_MARKS
 ) -> str | None:
     """Returns the last answer in the declared format, None if there is none or it is empty.
 
-    Only text before the first stop mark and after `</think>` counts, and of that the last 20,000
-    characters. Two different answers are no error: the last one counts. Takes linear time.
+    Only `judged_text` counts. Two different answers are no error: the last one counts. Takes
+    linear time.
     """
-    ends = [position for mark in stop_marks if (position := text.find(mark)) >= 0]
-    kept = text[: min(ends)] if ends else text
-    _, closed, after = kept.rpartition("</think>")
-    if not closed and "<think>" in after:
-        return None
-    kept = after[-MAX_TEXT:]
+    kept = judged_text(text, stop_marks)
     if answer_format == "auto":
         marked = [place for name in _MARKED if (place := _last_answer(kept, name)) is not None]
         found = max(marked, default=None) or _last_answer(kept, "answer_is")

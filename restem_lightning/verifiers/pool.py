@@ -299,14 +299,18 @@ class VerifierPool:
         self._num_failed_starts = 0
 
     def _note_verdict(self, worker: _Worker, message: list[Any]) -> None:
-        kind, extracted, detail, elapsed_s, _ = message
+        kind, reward, extracted, detail, elapsed_s, _ = message
         if elapsed_s > self._deadline_s:
-            kind, detail = VerdictKind.TIMEOUT, f"took {elapsed_s:.1f} s"
+            kind, reward, detail = VerdictKind.TIMEOUT, None, f"took {elapsed_s:.1f} s"
         self._mean_s = 0.9 * self._mean_s + 0.1 * elapsed_s
         self._finish(
             worker.jobs.popleft(),
             Verdict(
-                kind=VerdictKind(kind), extracted=extracted, detail=detail, elapsed_s=elapsed_s
+                kind=VerdictKind(kind),
+                reward=reward,
+                extracted=extracted,
+                detail=detail,
+                elapsed_s=elapsed_s,
             ),
         )
 

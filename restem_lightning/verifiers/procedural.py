@@ -9,7 +9,8 @@ from typing import Any
 
 from restem_lightning.completions import Verdict, VerdictKind
 from restem_lightning.errors import UserError
-from restem_lightning.problems import Problem, reasoning_gym_dataset
+from restem_lightning.problems import Problem
+from restem_lightning.procedural import reasoning_gym_dataset
 from restem_lightning.verifiers.math import (
     STOP_MARKS,
     check_answer_format,
@@ -19,14 +20,17 @@ from restem_lightning.verifiers.math import (
 
 
 class ProceduralVerifier:
-    """Judges answers to problems of `restem_lightning.problems.ReasoningGym`."""
+    """Judges answers to problems of `restem_lightning.procedural.ReasoningGym`."""
 
     name = "procedural"
 
     def __init__(
-        self, answer_format: str = "answer_tag", stop_marks: Sequence[str] = STOP_MARKS
+        self,
+        answer_format: str = "answer_tag",
+        stop_marks: Sequence[str] = STOP_MARKS,
+        partial_credit: bool = False,
     ) -> None:
-        r"""Judges answers to problems of `restem_lightning.problems.ReasoningGym`.
+        r"""Judges answers to problems of `restem_lightning.procedural.ReasoningGym`.
 
         Args:
             answer_format: where the answer stands; the last one counts. answer_tag:
@@ -34,6 +38,8 @@ class ProceduralVerifier:
                 answer is $x$. I hope it is correct.`; answer_is: `The answer is x.`; auto: any of
                 these, `The answer is x.` only if there is no other.
             stop_marks: the completion is cut before the first of these.
+            partial_credit: whether the reward is the task's own score, from 0 to 1, instead of 1
+                for a full score only; CORRECT is a full score either way.
 
         Raises:
             UserError: an unknown answer_format, or reasoning-gym is not installed.
@@ -42,8 +48,10 @@ class ProceduralVerifier:
         if importlib.util.find_spec("reasoning_gym") is None:
             raise UserError("ProceduralVerifier needs `pip install reasoning-gym`")
         self._answer_format, self._stop_marks = answer_format, tuple(stop_marks)
+        self._partial_credit = partial_credit
         self._datasets: dict[str, Any] = {}
-        self.version = f"1+reasoning-gym-{importlib.metadata.version('reasoning-gym')}"
+        credit = "-partial" if partial_credit else ""
+        self.version = f"1{credit}+reasoning-gym-{importlib.metadata.version('reasoning-gym')}"
 
     def warm_up(self) -> None:
         """Imports reasoning-gym."""
@@ -65,7 +73,8 @@ class ProceduralVerifier:
         data, entry = self._entry(problem)
         score = float(data.score_answer(answer, entry))
         kind = VerdictKind.CORRECT if score >= 1.0 else VerdictKind.WRONG
-        return Verdict(kind=kind, extracted=answer, detail=f"score {score:g}")
+        reward = score if self._partial_credit else None
+        return Verdict(kind=kind, reward=reward, extracted=answer, detail=f"score {score:g}")
 
     def reference_completion(self, problem: Problem) -> str | None:
         """Returns the reference answer in the declared format; some tasks have none."""
@@ -80,7 +89,7 @@ class ProceduralVerifier:
         if missing := [name for name in names if name not in metadata]:
             raise UserError(
                 f"metadata of {problem.problem_id!r} lacks {', '.join(missing)}; "
-                "load it with restem_lightning.problems.ReasoningGym"
+                "load it with restem_lightning.procedural.ReasoningGym"
             )
         task, seed, size, index, config = (metadata[name] for name in names)
         key = json.dumps([task, seed, size, config], sort_keys=True)

@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def _judge(verifier: Verifier, problem: Problem, text: str) -> list[Any]:
-    """Returns [kind, extracted, detail, elapsed_s, is_last]; is_last after memory ran out."""
+    """Returns [kind, reward, extracted, detail, elapsed_s, is_last]; is_last: out of memory."""
     start = time.perf_counter()
     out_of_memory = False
     try:
@@ -67,8 +67,8 @@ def _judge(verifier: Verifier, problem: Problem, text: str) -> list[Any]:
         out_of_memory = isinstance(error, MemoryError)
         verdict = Verdict(kind=VerdictKind.ERROR, detail=_describe(error))
     elapsed_s = time.perf_counter() - start
-    detail = str(verdict.detail)[:MAX_DETAIL]
-    return [verdict.kind.value, verdict.extracted, detail, elapsed_s, out_of_memory]
+    detail, reward = str(verdict.detail)[:MAX_DETAIL], float(verdict.reward)
+    return [verdict.kind.value, reward, verdict.extracted, detail, elapsed_s, out_of_memory]
 
 
 def _describe(error: BaseException) -> str:

@@ -68,8 +68,7 @@ def test_what_is_left_out_could_not_have_been_accepted(dedupe, limit):
             for index in range(16)
         ]
         drawn, _ = turns(pool, quota)
-        arguments = {"max_per_problem": limit, "dedupe": dedupe}
-        part, whole = (select_completions(to_table(some), **arguments) for some in (drawn, pool))
+        part, whole = (select_completions(to_table(some), quota) for some in (drawn, pool))
         assert part.accepted.equals(whole.accepted)
         num_drawn += len(drawn)
     assert num_drawn < 200 * 16

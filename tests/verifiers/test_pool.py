@@ -35,6 +35,8 @@ def judge(problem, text):
         return sys.stdin.read() == ""
     if text == "odd":
         return 1
+    if text.startswith("reward "):
+        return Verdict(kind=VerdictKind.WRONG, reward=float(text.removeprefix("reward ")))
     if text == "pid":
         return Verdict(kind=VerdictKind.CORRECT, extracted=str(os.getpid()))
     return text == problem.reference_answer
@@ -93,6 +95,14 @@ def test_a_failing_verifier_gives_error_for_that_job_alone(spec, text, detail):
         verdicts = pool.verify_all([(PROBLEM, "yes"), (PROBLEM, text), (PROBLEM, "yes")])
     assert kinds(verdicts) == ["CORRECT", "ERROR", "CORRECT"]
     assert detail in verdicts[1].detail
+
+
+def test_a_reward_of_the_verifier_s_own_comes_back_and_must_be_finite(spec):
+    with VerifierPool(spec) as pool:
+        mine, bad = pool.verify_all([(PROBLEM, "reward -0.3"), (PROBLEM, "reward nan")])
+    assert (mine.kind, mine.reward) == (VerdictKind.WRONG, -0.3)
+    assert (bad.kind, bad.reward) == (VerdictKind.ERROR, 0.0)
+    assert "reward (nan) must be finite" in bad.detail
 
 
 def test_output_of_a_verifier_does_not_disturb_the_pool(spec):

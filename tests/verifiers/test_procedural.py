@@ -5,7 +5,8 @@ import pytest
 
 from restem_lightning.completions import VerdictKind
 from restem_lightning.errors import UserError
-from restem_lightning.problems import ReasoningGym, read_problems, write_problems
+from restem_lightning.problems import read_problems, write_problems
+from restem_lightning.procedural import ReasoningGym
 from restem_lightning.verifiers import (
     ProceduralVerifier,
     VerifierPool,
@@ -49,6 +50,26 @@ def test_partial_credit_is_no_credit():
     (problem,) = ReasoningGym("chain_sum", seed=3, num=1).load()
     text = f"<answer>it is {problem.reference_answer} I think</answer>"
     assert ProceduralVerifier().verify(problem, text).kind is VerdictKind.WRONG
+
+
+def test_partial_credit_is_a_reward_where_it_is_asked_for():
+    (problem,) = ReasoningGym("chain_sum", seed=3, num=1).load()
+    verifier = ProceduralVerifier(partial_credit=True)
+    half = verifier.verify(problem, f"<answer>it is {problem.reference_answer} I think</answer>")
+    assert half.kind is VerdictKind.WRONG
+    assert 0 < half.reward < 1
+    assert verifier.verify(problem, f"<answer>{problem.reference_answer}</answer>").reward == 1.0
+    assert verifier.version != ProceduralVerifier().version
+
+
+def test_a_task_that_follows_the_hash_seed_is_the_same_in_every_process():
+    problems = ReasoningGym("ransom_note", seed=1, num=15).load()
+    assert "entry" not in problems[14].metadata
+    with VerifierPool(SPEC, deadline_s=60.0) as pool:
+        kept, dropped = check_references(problems, pool)
+        assert (len(kept), dropped) == (15, [])
+        (verdict,) = pool.verify_all([(problems[14], "<answer>44</answer>")])
+    assert verdict.kind is VerdictKind.WRONG
 
 
 def test_no_tag_is_no_answer():

@@ -1,0 +1,109 @@
+"""Temperature and threshold of a round, chosen by the balance score before anything is drawn."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from restem_lightning.completions import CompletionStore, VerdictKind
+from restem_lightning.errors import UserError
+from restem_lightning.loop.e_step import EStepParams, fill_store
+from restem_lightning.loop.ranks import barrier, is_rank_zero
+from restem_lightning.loop.stage import Stage
+from restem_lightning.problems import Problem
+from restem_lightning.run_dir import read_json, write_json
+from restem_lightning.selection import balance_score, passes
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceParams:
+    """Choice of sampling.temperature and selection.threshold before each E-step; off if empty.
+
+    Args:
+        temperatures: to choose from; empty for sampling.temperature alone.
+        thresholds: to choose from; empty for selection.threshold alone.
+        num_problems: training problems, the first ones, that each temperature is tried on.
+        num_wanted: distinct correct completions of a problem that are enough.
+    """
+
+    temperatures: tuple[float, ...] = ()
+    thresholds: tuple[float, ...] = ()
+    num_problems: int = 600
+    num_wanted: int = 6
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            UserError: a value is not allowed.
+        """
+        for name in ("num_problems", "num_wanted"):
+            if getattr(self, name) < 1:
+                raise UserError(f"balance.{name} ({getattr(self, name)}) must be at least 1")
+
+    def is_on(self) -> bool:
+        """Returns whether there is anything to choose."""
+        return bool(self.temperatures or self.thresholds)
+
+
+def choose_balance(
+    folder: Path,
+    problems: Sequence[Problem],
+    stage: Stage,
+    params: BalanceParams,
+    *,
+    threshold: float | str,
+    e_step: EStepParams,
+    on_part: Callable[[], None] | None = None,
+) -> tuple[float, float | str]:
+    """Returns the temperature and the threshold of the highest score; a tie goes to the first.
+
+    Every rank must call it. What it finds is kept in balance.json, so a resumed run asks it.
+
+    Args:
+        folder: gets a store for each temperature, and balance.json.
+        problems: of the E-step.
+        stage: how the E-step draws.
+        params: the candidates.
+        threshold: selection.threshold, the only candidate if params has none.
+        e_step: size of parts, alarm.
+        on_part: called after each part that this rank has written.
+    """
+    record = folder / "balance.json"
+    if not record.exists():
+        scores = []
+        for temperature in params.temperatures or (stage.params.temperature,):
+            store = CompletionStore(folder / f"temperature_{temperature:g}")
+            fill_store(
+                store,
+                list(problems[: params.num_problems]),
+                replace(
+                    stage,
+                    params=replace(stage.params, temperature=temperature),
+                    purpose=f"balance/{temperature:g}/",
+                ),
+                e_step=e_step,
+                show=f"balance T {temperature:g}",
+                on_part=on_part,
+            )
+            barrier()
+            for one in params.thresholds or (threshold,):
+                score = balance_score(_selected(store, one), params.num_wanted)
+                scores.append({"temperature": temperature, "threshold": one, "score": score})
+        if is_rank_zero():
+            best = max(scores, key=lambda row: row["score"])
+            write_json(record, {**best, "scores": scores})
+        barrier()
+    best = read_json(record)
+    return best["temperature"], best["threshold"]
+
+
+def _selected(store: CompletionStore, threshold: float | str) -> list[tuple[int, int]]:
+    """Returns, for each problem, how many pass, and how many distinct correct ones among them."""
+    texts: dict[str, list[tuple[bool, str]]] = defaultdict(list)
+    columns = ["problem_id", "verdict", "reward", "finish_reason", "text"]
+    for row in store.read(columns).to_pylist():
+        kind, some = VerdictKind(row["verdict"]), texts[row["problem_id"]]
+        if row["finish_reason"] != "length" and passes(kind, row["reward"], threshold):
+            some.append((kind is VerdictKind.CORRECT, row["text"]))
+    return [(len(some), len({text for right, text in some if right})) for some in texts.values()]

@@ -1,0 +1,116 @@
+"""What the M-step trains on beside this iteration's accepted completions."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import pyarrow as pa
+
+from restem_lightning.errors import UserError
+from restem_lightning.problems import Problem
+from restem_lightning.prompts import PromptTemplate, encode_prompt
+from restem_lightning.selection import ACCEPTED_SCHEMA
+
+Human = Literal["none", "all", "solved"]
+_ADDRESS = ("iteration", "problem_id", "completion_index")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixParams:
+    """What the M-step trains on beside this iteration's accepted completions.
+
+    Args:
+        human: whose reference solutions are added, one sequence each: "none", "all" problems with
+            one, or those "solved", i.e. with an accepted completion in this iteration.
+        human_weight: weight of such a sequence in the loss; above 0.
+        earlier: whether what earlier iterations accepted is added, with its weights.
+        model: whether accepted completions are trained on at all; without them and with human
+            "solved" the M-step sees human solutions of the very problems that the policy solves.
+    """
+
+    human: Human = "none"
+    human_weight: float = 1.0
+    earlier: bool = False
+    model: bool = True
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            UserError: a value is not allowed.
+        """
+        if self.human not in get_args(Human):
+            raise UserError(f"mix.human ({self.human}) must be one of {', '.join(get_args(Human))}")
+        if not self.human_weight > 0:
+            raise UserError(f"mix.human_weight ({self.human_weight}) must be above 0")
+        if self.human == "none" and not self.model:
+            raise UserError("mix.model (false) leaves nothing to train on; set mix.human")
+
+
+def mix(
+    accepted: pa.Table,
+    params: MixParams,
+    *,
+    problems: Sequence[Problem],
+    template: PromptTemplate,
+    tokenizer: Any,
+    earlier: Iterable[pa.Table] = (),
+) -> pa.Table:
+    """Returns what the M-step trains on: a table of ACCEPTED_SCHEMA.
+
+    The order is: this iteration's completions, those of earlier iterations, human solutions. A
+    completion that was accepted in several iterations (from one pool) is there once.
+
+    Args:
+        accepted: of this iteration.
+        params: the settings.
+        problems: all training problems.
+        template: makes the prompts of human solutions.
+        tokenizer: of the policy.
+        earlier: the accepted datasets of earlier iterations, oldest first.
+    """
+    parts = [accepted] if params.model else []
+    if params.model and params.earlier:
+        seen = set(_addresses(accepted))
+        for table in earlier:
+            addresses = _addresses(table)
+            is_new = [one not in seen and one[0] > 0 for one in addresses]
+            seen.update(addresses)
+            parts.append(table.filter(pa.array(is_new, pa.bool_())))
+    if params.human != "none":
+        solved = set(accepted["problem_id"].to_pylist())
+        wanted = [one for one in problems if params.human == "all" or one.problem_id in solved]
+        parts.append(human_solutions(wanted, template, tokenizer, params.human_weight))
+    return pa.concat_tables(parts).combine_chunks()
+
+
+def human_solutions(
+    problems: Iterable[Problem], template: PromptTemplate, tokenizer: Any, weight: float
+) -> pa.Table:
+    """Returns the reference solutions of problems as sequences to train on.
+
+    The solution is put as the template's `render_answer(solution)` puts it, if it has that method,
+    and its tokens are apart from the prompt's, as a policy would write them.
+    """
+    render = getattr(template, "render_answer", str)
+    rows = [
+        {
+            "iteration": 0,
+            "problem_id": problem.problem_id,
+            "completion_index": 0,
+            "prompt_ids": encode_prompt(template, problem, tokenizer)[0],
+            "completion_ids": tokenizer.encode(
+                render(problem.reference_solution), add_special_tokens=False
+            ),
+            "text": render(problem.reference_solution),
+            "logprobs": [],
+            "weight": weight,
+        }
+        for problem in problems
+        if problem.reference_solution is not None
+    ]
+    return pa.Table.from_pylist(rows, schema=ACCEPTED_SCHEMA)
+
+
+def _addresses(table: pa.Table) -> list[tuple[Any, ...]]:
+    return list(zip(*(table[name].to_pylist() for name in _ADDRESS), strict=True))
