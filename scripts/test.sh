@@ -7,4 +7,4 @@ set -eu
 ruff check .
 ruff format --check .
 # The tests are many small matrix products: a second OpenMP thread only gets in their way.
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec pytest -q "$@"
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec pytest -q -m "not (slurm and slow)" "$@"

@@ -1,13 +1,13 @@
 """Temperature and threshold of a round, chosen by the balance score before anything is drawn."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from restem_lightning.completions import CompletionStore, VerdictKind
 from restem_lightning.errors import UserError
-from restem_lightning.loop.e_step import EStepParams, Hooks, fill_store
+from restem_lightning.loop.e_step import EStepParams, fill_store
 from restem_lightning.loop.ranks import barrier, is_rank_zero
 from restem_lightning.loop.stage import Stage
 from restem_lightning.problems import Problem
@@ -54,7 +54,7 @@ def choose_balance(
     *,
     threshold: float | str,
     e_step: EStepParams,
-    hooks: Hooks,
+    on_part: Callable[[], None] | None = None,
 ) -> tuple[float, float | str]:
     """Returns the temperature and the threshold of the highest score; a tie goes to the first.
 
@@ -67,7 +67,7 @@ def choose_balance(
         params: the candidates.
         threshold: selection.threshold, the only candidate if params has none.
         e_step: size of parts, alarm.
-        hooks: what to call meanwhile.
+        on_part: called after each part that this rank has written.
     """
     record = folder / "balance.json"
     if not record.exists():
@@ -84,11 +84,9 @@ def choose_balance(
                 ),
                 e_step=e_step,
                 show=f"balance T {temperature:g}",
-                on_part=hooks.on_part,
-                should_stop=hooks.should_stop,
+                on_part=on_part,
             )
             barrier()
-            hooks.agree()
             for one in params.thresholds or (threshold,):
                 score = balance_score(_selected(store, one), params.num_wanted)
                 scores.append({"temperature": temperature, "threshold": one, "score": score})

@@ -12,7 +12,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from restem_lightning.completions import CompletionStore
 from restem_lightning.errors import UserError
-from restem_lightning.loop.e_step import Hooks
 from restem_lightning.loop.evaluate import draw_evaluation, measure, total_reward
 from restem_lightning.loop.iteration import EStep
 from restem_lightning.loop.parity import measure_parity, parity_warning
@@ -20,7 +19,7 @@ from restem_lightning.loop.progress import Stopwatch
 from restem_lightning.loop.ranks import barrier, is_rank_zero, rank_and_count
 from restem_lightning.loop.shared import Loop
 from restem_lightning.loop.stage import Policy, load_policy
-from restem_lightning.loop.stop_request import Stopped, is_amid_epoch
+from restem_lightning.loop.stop_request import Stopped
 from restem_lightning.loop.weights import hand_over, release_memory
 from restem_lightning.m_step.export import export_policy, load_best
 from restem_lightning.m_step.optimizer_state import load_optimizer, save_optimizer
@@ -54,16 +53,11 @@ class ReSTEMCallback(Callback):
         """The E-step: here ranks are connected and no training weights are in memory yet."""
         self._stop_if_asked(trainer)
         if self.iteration == 1 and not self.loop.run.iteration(0).metrics.exists():
-            self._measure(trainer, 0, load_policy(self.loop.base, self.loop.engine))
+            self._measure(0, load_policy(self.loop.base, self.loop.engine))
             release_memory()
         if not self.paths.funnel.exists():
-            self.e_step.run(
-                Hooks(
-                    on_part=self._stopwatch("e_step").lap,
-                    should_stop=self.loop.stop.is_asked,
-                    agree=lambda: self._stop_if_asked(trainer),
-                )
-            )
+            self.e_step.run(self._stopwatch("e_step").lap)
+            self._stop_if_asked(trainer)
         self._check_parity()
         funnel = read_json(self.paths.funnel)
         if funnel["trained_on"] == 0:
@@ -116,8 +110,7 @@ class ReSTEMCallback(Callback):
             self._export(trainer, pl_module)
         pl_module.model = None
         release_memory()
-        policy = load_policy(str(self.paths.policy), self.loop.engine)
-        self._measure(trainer, self.iteration, policy)
+        self._measure(self.iteration, load_policy(str(self.paths.policy), self.loop.engine))
         release_memory()
 
     def state_dict(self) -> dict[str, Any]:
@@ -228,7 +221,7 @@ class ReSTEMCallback(Callback):
         rewards = [reward for _, reward in self.val_rewards]
         return (max(rewards) if is_best else rewards[-1]) if rewards else None
 
-    def _measure(self, trainer: Trainer, iteration: int, policy: Policy) -> None:
+    def _measure(self, iteration: int, policy: Policy) -> None:
         """Evaluates a policy on every set and writes the iteration's metrics, then its manifest."""
         loop, paths = self.loop, self.loop.run.iteration(iteration)
         watch = Stopwatch(paths.path / "seconds.json", "evaluation")
@@ -241,11 +234,9 @@ class ReSTEMCallback(Callback):
                 loop.stage(policy, iteration),
                 e_step=loop.e_step,
                 on_part=watch.lap,
-                should_stop=loop.stop.is_asked,
             )
         barrier()
         watch.lap()
-        self._stop_if_asked(trainer)
         if is_rank_zero():
             self._finish(iteration, paths, policy)
         barrier()
@@ -284,6 +275,15 @@ class ReSTEMCallback(Callback):
 
     def _stopwatch(self, stage: str) -> Stopwatch:
         return Stopwatch(self.paths.path / "seconds.json", stage)
+
+
+def is_amid_epoch(trainer: Trainer, batch_idx: int) -> bool:
+    """Returns whether neither a look at D_val nor the end of the epoch follows a batch."""
+    if trainer.val_check_batch is None:  # looks by the clock: any may be the next
+        return False
+    num_done = batch_idx + 1 if trainer.check_val_every_n_epoch else trainer.global_step
+    is_look_due = num_done % trainer.val_check_batch == 0
+    return not is_look_due and batch_idx + 1 < trainer.num_training_batches
 
 
 def check_interval(trainer: Trainer, num_steps: int) -> None:

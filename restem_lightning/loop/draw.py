@@ -7,7 +7,7 @@ from pathlib import Path
 
 from restem_lightning.completions import CompletionStore
 from restem_lightning.errors import UserError
-from restem_lightning.loop.e_step import EStepParams, Hooks, fill_store
+from restem_lightning.loop.e_step import EStepParams, fill_store
 from restem_lightning.loop.ranks import barrier
 from restem_lightning.loop.stage import Policy, Stage, load_policy
 from restem_lightning.loop.weights import release_memory
@@ -101,7 +101,7 @@ def draw_pools(
     engine: EngineParams,
     e_step: EStepParams,
     show: str,
-    hooks: Hooks,
+    on_part: Callable[[], None],
 ) -> None:
     """Draws what the pools of an E-step still lack; every rank must call it.
 
@@ -115,18 +115,14 @@ def draw_pools(
         engine: how the sampler uses the machine.
         e_step: size of parts, alarm, quota.
         show: title of the progress bar.
-        hooks: what to call meanwhile.
+        on_part: called after each part that this rank has written.
     """
     stores, hint_store = pool_stores(folder, num_policies=len(policies), has_hint=hint is not None)
     quota = selection if e_step.stop_at_quota else None
 
     def fill(store: CompletionStore, some: list[Problem], stage: Stage, title: str) -> None:
-        fill_store(
-            store, some, stage, e_step=e_step, quota=quota, show=title, on_part=hooks.on_part,
-            should_stop=hooks.should_stop,
-        )  # fmt: skip
+        fill_store(store, some, stage, e_step=e_step, quota=quota, show=title, on_part=on_part)
         barrier()
-        hooks.agree()
 
     def draw_with_hint(policy: Policy) -> None:
         solved = solved_problems(stores, selection)

@@ -6,14 +6,15 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from restem_lightning.completions import Completion, CompletionStore
 from restem_lightning.errors import UserError
 from restem_lightning.loop.pool_cache import shared_pool
 from restem_lightning.loop.progress import Bar, Progress
-from restem_lightning.loop.ranks import group_store, is_rank_zero
+from restem_lightning.loop.ranks import any_rank, group_store, is_rank_zero
 from restem_lightning.loop.stage import Stage, verified_completions
+from restem_lightning.loop.stop_request import Stopped
 from restem_lightning.problems import Problem
 from restem_lightning.prompts import template_hash
 from restem_lightning.selection import SelectionParams
@@ -63,20 +64,6 @@ class EStepParams:
             raise UserError(f"e_step.max_error_rate ({self.max_error_rate}) must be from 0 to 1")
 
 
-class Hooks(NamedTuple):
-    """What a stage of drawing calls.
-
-    Attributes:
-        on_part: after each part that this rank has written.
-        should_stop: between completions; if it says so, a store is left as it is then.
-        agree: on every rank, when a store is left; raises if the run is to stop.
-    """
-
-    on_part: Callable[[], None]
-    should_stop: Callable[[], bool]
-    agree: Callable[[], None]
-
-
 def pool_key(
     stage: Stage,
     problems: list[Problem],
@@ -117,9 +104,8 @@ def fill_store(
     quota: SelectionParams | None = None,
     show: str = "E-step",
     on_part: Callable[[], None] | None = None,
-    should_stop: Callable[[], bool] | None = None,
 ) -> None:
-    """Draws what a store still lacks, part by part.
+    """Draws what a store still lacks, part by part; every rank must call it, and all end together.
 
     Parts are claimed from the process group's store, so a fast rank takes more of them.
 
@@ -131,13 +117,11 @@ def fill_store(
         quota: see `verified_completions`.
         show: title of the progress bar.
         on_part: called after each part that this rank has written.
-        should_stop: asked between completions; if it says so the store is left as it is then.
 
     Raises:
+        Stopped: a rank was told to stop; the parts that are finished are saved.
         UserError: the store was made with other settings, or the verifier is broken.
     """
-    if should_stop is not None and should_stop():
-        return
     size = e_step.problems_per_part
     parts = [problems[first : first + size] for first in range(0, len(problems), size)]
     key = pool_key(stage, problems, problems_per_part=size, quota=quota)
@@ -145,10 +129,7 @@ def fill_store(
         store.check_key(key)
     of_all = {**key, "verifiers": stage.verifiers.record}
     with shared_pool(e_step.pool_cache, store, of_all, num_parts=len(parts)):
-        _draw_missing(
-            store, parts, stage, e_step=e_step, quota=quota, show=show, on_part=on_part,
-            should_stop=should_stop,
-        )  # fmt: skip
+        _draw_missing(store, parts, stage, e_step=e_step, quota=quota, show=show, on_part=on_part)
 
 
 def _draw_missing(
@@ -160,7 +141,6 @@ def _draw_missing(
     quota: SelectionParams | None,
     show: str,
     on_part: Callable[[], None] | None,
-    should_stop: Callable[[], bool] | None,
 ) -> None:
     """Draws the parts that are not in a store; arguments as those of `fill_store`."""
     part_of = {p.problem_id: number for number, part in enumerate(parts) for p in part}
@@ -192,8 +172,10 @@ def _draw_missing(
             bar.total -= num_skipped
             bar.set_postfix_str(progress.summary(time.monotonic() - start), refresh=False)
             bar.update()
-            if should_stop is not None and should_stop():
-                return
+            if stage.should_stop():
+                break
+    if any_rank(stage.should_stop()):
+        raise Stopped
 
 
 def _scored(

@@ -99,7 +99,6 @@ def draw_evaluation(
     *,
     e_step: EStepParams,
     on_part: Callable[[], None] | None = None,
-    should_stop: Callable[[], bool] | None = None,
 ) -> None:
     """Draws the completions of one evaluation set into stores below a folder; resumable.
 
@@ -113,7 +112,6 @@ def draw_evaluation(
         stage: what draws and judges; `params` are those of the E-step.
         e_step: size of parts, alarm.
         on_part: called after each part that this rank has written.
-        should_stop: see `fill_store`.
     """
     for kind, params in evaluation.stages(stage.params).items():
         fill_store(
@@ -123,7 +121,6 @@ def draw_evaluation(
             e_step=e_step,
             show=f"{name} {kind}",
             on_part=on_part,
-            should_stop=should_stop,
         )
 
 

@@ -1,7 +1,7 @@
 """One iteration's E-step: draw, judge, select, mix; what it leaves in the iteration's folder."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,6 @@ from transformers import AutoTokenizer
 from restem_lightning.completions import CompletionStore
 from restem_lightning.loop.balance import choose_balance
 from restem_lightning.loop.draw import draw_pools, pool_stores, problems_of_e_step
-from restem_lightning.loop.e_step import Hooks
 from restem_lightning.loop.mixing import mix
 from restem_lightning.loop.pool_cache import is_shared
 from restem_lightning.loop.quota import count_skipped
@@ -65,14 +64,14 @@ class EStep:
         )
         return [*drawn, *([hint] if hint else [])]
 
-    def run(self, hooks: Hooks) -> None:
+    def run(self, on_part: Callable[[], None]) -> None:
         """Writes accepted.parquet, then funnel.json; every rank must call it.
 
         Args:
-            hooks: what to call meanwhile.
+            on_part: called after each part that this rank has written.
         """
         if self.is_drawn_here and (problems := self._problems()):
-            self._choose_balance(problems, hooks)
+            self._choose_balance(problems, on_part)
             draw_pools(
                 self.paths.completions,
                 problems,
@@ -83,10 +82,10 @@ class EStep:
                 engine=self.loop.engine,
                 e_step=self.loop.e_step,
                 show=f"E-step {self.iteration}",
-                hooks=hooks,
+                on_part=on_part,
             )
         barrier()
-        hooks.on_part()
+        on_part()
         if self.loop.scoring.scorer is not None:
             self.loop.scoring.scorer.close()
             release_memory()
@@ -130,7 +129,7 @@ class EStep:
             loop.train, loop.draw.num_problems, e_step_index=self.num_pools_before, seed=loop.seed
         )
 
-    def _choose_balance(self, problems: list[Problem], hooks: Hooks) -> None:
+    def _choose_balance(self, problems: list[Problem], on_part: Callable[[], None]) -> None:
         """Replaces temperature and threshold of this iteration by those of the best balance."""
         loop = self.loop
         if not loop.balance.is_on():
@@ -143,7 +142,7 @@ class EStep:
             loop.balance,
             threshold=loop.selection.threshold,
             e_step=loop.e_step,
-            hooks=hooks,
+            on_part=on_part,
         )
         del policy
         release_memory()

@@ -36,7 +36,12 @@ def leave_together() -> None:
 
 
 def barrier() -> None:
-    """Waits for the other ranks, if there are any, for as long as they take.
+    """Waits for the other ranks, if there are any, for as long as they take."""
+    any_rank(False)
+
+
+def any_rank(is_so: bool) -> bool:
+    """Returns on every rank whether it is so on one of them; each waits for the others.
 
     A collective would end in a time-out (10 minutes with NCCL) while one rank still draws its last
     part or selects. A rank that has died is the launcher's business: torchrun and srun end the
@@ -44,9 +49,13 @@ def barrier() -> None:
     """
     store = group_store()
     if store is None:
-        return
+        return is_so
     num_ranks = dist.get_world_size()
-    arrival = store.add("restem/barrier", 1)
-    all_are_here = -(-arrival // num_ranks) * num_ranks
-    while store.add("restem/barrier", 0) < all_are_here:
+    meeting = (store.add("restem/arrivals", 1) - 1) // num_ranks
+    store.add(f"restem/votes/{meeting}", int(is_so))
+    here = f"restem/here/{meeting}"
+    num_here = store.add(here, 1)
+    while num_here < num_ranks:
         time.sleep(LOOK_EVERY_S)
+        num_here = store.add(here, 0)
+    return store.add(f"restem/votes/{meeting}", 0) > 0

@@ -81,4 +81,5 @@ class Loop:
             seed=self.seed,
             iteration=iteration,
             scoring=self.scoring,
+            should_stop=self.stop.is_asked,
         )

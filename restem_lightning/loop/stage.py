@@ -3,7 +3,7 @@
 import json
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -88,6 +88,7 @@ class Stage:
         scoring: a learned verifier, for the E-step alone; None for none.
         first_index: completion_index of each problem's first completion; pools that are united
             share none.
+        should_stop: asked between completions.
     """
 
     policy: Policy
@@ -99,6 +100,7 @@ class Stage:
     purpose: str = ""
     scoring: ScoringParams | None = None
     first_index: int = 0
+    should_stop: Callable[[], bool] = bool  # never
 
     @property
     def is_e_step(self) -> bool:

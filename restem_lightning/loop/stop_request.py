@@ -7,8 +7,6 @@ import time
 from types import FrameType
 from typing import Any
 
-from lightning.pytorch import Trainer
-
 from restem_lightning.errors import UserError
 from restem_lightning.loop.ranks import group_store
 
@@ -102,12 +100,3 @@ class StopRequest:
         if self.signum is not None:
             return signal.Signals(self.signum).name
         return "the end of the allocation" if self.is_here() else "another rank"
-
-
-def is_amid_epoch(trainer: Trainer, batch_idx: int) -> bool:
-    """Returns whether neither a look at D_val nor the end of the epoch follows a batch."""
-    if trainer.val_check_batch is None:  # looks by the clock: any may be the next
-        return False
-    num_done = batch_idx + 1 if trainer.check_val_every_n_epoch else trainer.global_step
-    is_look_due = num_done % trainer.val_check_batch == 0
-    return not is_look_due and batch_idx + 1 < trainer.num_training_batches

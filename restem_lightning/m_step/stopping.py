@@ -1,5 +1,6 @@
 """When an M-step stops, and which of its checkpoints becomes the policy."""
 
+import zipfile
 from pathlib import Path
 from typing import Literal
 
@@ -79,6 +80,7 @@ def resume_checkpoint(folder: str | Path) -> Path | None:
     complete = [
         path
         for path in Path(folder).glob("last-*.ckpt")
-        if path.is_file() or (path / "meta.pt").is_file()  # Lightning writes meta.pt last
+        # The index of a zip file is at its end, so a truncated one has none.
+        if zipfile.is_zipfile(path) or (path / "meta.pt").is_file()  # Lightning writes it last
     ]
     return max(complete, key=lambda path: int(path.stem.removeprefix("last-")), default=None)

@@ -48,3 +48,29 @@ def test_two_ranks_accept_the_same_completions_and_train_the_same_policy(
         assert (second[name] - weights).norm() < 1e-3 * (weights - base[name]).norm(), name
     lines = [line for line in done.stdout.splitlines() if line.startswith("iteration")]
     assert len(lines) == 4  # one rank alone reports
+
+
+def test_a_rank_ten_times_slower_takes_fewer_parts_and_delays_nobody(tmp_path):
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import time\n"
+        "import torch.distributed as dist\n"
+        "from restem_lightning.loop.e_step import claims\n"
+        "from restem_lightning.loop.ranks import any_rank, leave_together\n"
+        "dist.init_process_group('gloo')\n"
+        "rank, taken = dist.get_rank(), []\n"
+        "any_rank(False)\n"
+        "for part in claims('test', 33):\n"
+        "    taken.append(part)\n"
+        "    time.sleep((0.05, 0.5)[rank])\n"
+        "assert any_rank(rank == 1) and not any_rank(False)\n"
+        f"open(f'{tmp_path}/{{rank}}', 'w').write(' '.join(map(str, taken)))\n"
+        "leave_together()\n"
+    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    subprocess.run([sys.executable, *launcher, worker], env=environment, check=True, timeout=120)
+    fast, slow = ((tmp_path / name).read_text().split() for name in "01")
+    assert sorted(map(int, fast + slow)) == list(range(33))
+    assert len(slow) <= 6  # a fair share would be 16

@@ -68,7 +68,7 @@ def test_a_job_preempted_in_each_stage_ends_like_one_that_was_not(
         job.wait(lambda number=number: job.field("Restarts") == str(number))
     assert job.wait_for_end() == "COMPLETED", job.told()
     assert job.field("Restarts") == "3"
-    kept = [line for line in job.told().splitlines() if line.startswith("restem fit: stopped by")]
+    kept = [line for line in job.log.read_text().splitlines() if "fit: stopped by" in line]
     assert len(kept) == 3, job.told()
     assert "of the E-step of iteration 1" in kept[0]
     assert "the M-step of iteration 1 up to last-" in kept[1]
