@@ -17,7 +17,9 @@ SHARED_JSON = "shared.json"  # in a pool that was linked: from where
 
 
 @contextmanager
-def shared_pool(cache: str | None, store: CompletionStore, key: dict[str, Any]) -> Iterator[None]:
+def shared_pool(
+    cache: str | None, store: CompletionStore, key: dict[str, Any], *, num_parts: int
+) -> Iterator[None]:
     """Links a store's parts from the cache if they are there; else the block draws them for it.
 
     Runs that want the same pool at the same time do not draw it twice: one draws, the others wait
@@ -28,6 +30,7 @@ def shared_pool(cache: str | None, store: CompletionStore, key: dict[str, Any]) 
         cache: folder of the cache, made if missing; None for none, then only the block runs.
         store: of this run, bound to its key already; what it holds itself is never replaced.
         key: all that determines the pool.
+        num_parts: of the whole pool; a store that has fewer afterwards is not given to others.
     """
     if cache is None:
         yield
@@ -39,8 +42,7 @@ def shared_pool(cache: str | None, store: CompletionStore, key: dict[str, Any]) 
             write_json(store.folder / SHARED_JSON, {"from": str(pool)})
         barrier()
         yield
-        barrier()
-        if is_rank_zero() and not pool.exists():
+        if len(store.parts()) == num_parts and not pool.exists():  # the last rank sees them all
             _publish(store.folder, pool)
 
 

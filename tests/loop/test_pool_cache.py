@@ -31,7 +31,7 @@ def completion(problem_id):
 def fill(folder, cache, key, num_drawn):
     """Fills a pool of two parts and counts the parts that were drawn for it."""
     store = CompletionStore(folder)
-    with shared_pool(None if cache is None else str(cache), store, key):
+    with shared_pool(None if cache is None else str(cache), store, key, num_parts=2):
         done = {part.index for part in store.parts()}
         for index in {0, 1} - done:
             store.write_part(index, [completion(f"p{index}")])
@@ -79,12 +79,14 @@ def test_an_interrupted_pool_is_not_shared(tmp_path):
     store, drawn = CompletionStore(tmp_path / "a"), []
 
     def interrupted():
-        with shared_pool(str(tmp_path / "cache"), store, {}):
+        with shared_pool(str(tmp_path / "cache"), store, {}, num_parts=2):
             store.write_part(0, [completion("p0")])
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
+    with shared_pool(str(tmp_path / "cache"), store, {}, num_parts=2):
+        pass  # asked to stop before it had drawn the rest
     fill(tmp_path / "b", tmp_path / "cache", {}, drawn)
     assert drawn == [0, 1]
 
