@@ -127,8 +127,8 @@ def fill_store(
     key = pool_key(stage, problems, problems_per_part=size, quota=quota)
     if is_rank_zero():
         store.check_key(key)
-    of_all = {**key, "verifiers": stage.verifiers.record}
-    with shared_pool(e_step.pool_cache, store, of_all, num_parts=len(parts)):
+    judged_by = {**key, "verifiers": stage.verifiers.record}
+    with shared_pool(e_step.pool_cache, store, judged_by, num_parts=len(parts)):
         _draw_missing(store, parts, stage, e_step=e_step, quota=quota, show=show, on_part=on_part)
 
 

@@ -30,7 +30,7 @@ def shared_pool(
         cache: folder of the cache, made if missing; None for none, then only the block runs.
         store: of this run, bound to its key already; what it holds itself is never replaced.
         key: all that determines the pool.
-        num_parts: of the whole pool; what a stopped run leaves is not for others.
+        num_parts: of the whole pool; a store that has fewer afterwards is not given to others.
     """
     if cache is None:
         yield
@@ -42,8 +42,7 @@ def shared_pool(
             write_json(store.folder / SHARED_JSON, {"from": str(pool)})
         barrier()
         yield
-        barrier()
-        if is_rank_zero() and not pool.exists() and len(store.parts()) == num_parts:
+        if len(store.parts()) == num_parts and not pool.exists():  # the last rank sees them all
             _publish(store.folder, pool)
 
 

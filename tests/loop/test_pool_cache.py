@@ -85,14 +85,8 @@ def test_an_interrupted_pool_is_not_shared(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    fill(tmp_path / "b", tmp_path / "cache", {}, drawn)
-    assert drawn == [0, 1]
-
-
-def test_a_pool_that_a_stop_left_unfinished_is_not_shared(tmp_path):
-    store, drawn = CompletionStore(tmp_path / "a"), []
     with shared_pool(str(tmp_path / "cache"), store, {}, num_parts=2):
-        store.write_part(0, [completion("p0")])
+        pass  # asked to stop before it had drawn the rest
     fill(tmp_path / "b", tmp_path / "cache", {}, drawn)
     assert drawn == [0, 1]
 
