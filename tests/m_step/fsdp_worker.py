@@ -144,7 +144,7 @@ if __name__ == "__main__":
     if loading := cases.pop("loading", None):
         measure_loading(**loading)
     for each in cases.values():
-        if "die_at" in each:
+        if each.get("die_at"):
             with contextlib.suppress(InterruptedError):
                 run(each, each["die_at"])
         if not each.get("stays_dead"):
