@@ -11,7 +11,7 @@
 # else is missing (jsonargparse and docstring-parser, say) are installed from ./wheels if it is
 # there. SmolLM2-135M is taken from models/SmolLM2-135M-Instruct (scripts/prepare_smollm2.py) or
 # POLICY, GSM8K from data/gsm8k or GSM8K (a folder with train.jsonl.gz and test.jsonl.gz), vLLM from
-# VLLM_PYTHON, TRL from TRL_PYTHON (default PYTHON). Without a git history BENCH_COMMIT names the commit.
+# VLLM_PYTHON, TRL from TRL_PYTHON (default PYTHON). Without git history BENCH_COMMIT is the commit.
 set -u
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

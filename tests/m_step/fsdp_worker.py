@@ -6,8 +6,8 @@ Usage: torchrun ... fsdp_worker.py '{"case": {"strategy", "policy", "accepted", 
 import contextlib
 import json
 import os
-import resource
 import sys
+import threading
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -92,16 +92,41 @@ def run(case, die_at=None):
         (folder / "result.json").write_text(json.dumps(result))
 
 
+class PeakMemory(threading.Thread):
+    """Watches the memory that is this process's own (pages of mapped files are not)."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.peak, self.done = self.now(), threading.Event()
+        self.before = self.peak
+
+    @staticmethod
+    def now():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        (line,) = (line for line in lines if line.startswith("RssAnon"))
+        return 1024 * int(line.split()[1])
+
+    def run(self):
+        while not self.done.wait(0.002):
+            self.peak = max(self.peak, self.now())
+
+    def stop(self):
+        self.done.set()
+        self.join()
+        return max(self.peak, self.now()) - self.before
+
+
 def measure_loading(policy, result):
     """Writes what loading a policy in shards took on each rank, and what whole weights are."""
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (NUM_RANKS,))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = PeakMemory()
+    memory.start()
     model = empty_policy(policy, torch.float32)
     shard_policy(model, mesh)
     read_weights(model, policy, torch.device("cpu"))
     seen = {
-        "peak_bytes": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before),
+        "peak_bytes": memory.stop(),
         "local_bytes": sum(4 * local(each).numel() for each in model.parameters()),
         "whole_bytes": sum(4 * each.numel() for each in model.parameters()),
     }
@@ -116,10 +141,10 @@ def measure_loading(policy, result):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     cases = json.loads(sys.argv[1])
-    if loading := cases.pop("loading", None):  # first: the peak is that of the process so far
+    if loading := cases.pop("loading", None):
         measure_loading(**loading)
     for each in cases.values():
-        if "die_at" in each:
+        if each.get("die_at"):
             with contextlib.suppress(InterruptedError):
                 run(each, each["die_at"])
         if not each.get("stays_dead"):

@@ -267,3 +267,11 @@ def test_settings_that_cannot_work_are_refused(make_policy, make_accepted, fit):
 def test_a_gradient_that_is_not_finite_stops_the_m_step(make_policy, make_accepted, fit):
     with pytest.raises(UserError, match="finite"):
         fit(make_policy(), make_accepted(), module={"learning_rate": 1e30, "warmup_fraction": 0.0})
+
+
+@pytest.mark.slow
+def test_compiled_layers_change_no_loss(make_policy, make_accepted, fit):
+    policy, accepted = make_policy(), make_accepted()
+    _, plain, _ = fit(policy, accepted, max_epochs=1)
+    _, compiled, _ = fit(policy, accepted, max_epochs=1, module={"compile": True})
+    np.testing.assert_allclose(plain, compiled, rtol=1e-5)
