@@ -6,8 +6,7 @@ import pytest
 import yaml
 
 from restem_lightning.compare.arms import Arm, plan_runs
-from restem_lightning.fit import make_cli
-from restem_lightning.fit_checks import check_settings, iterations_that_differ
+from restem_lightning.fit import check_settings, iterations_that_differ, make_cli
 from restem_lightning.run_dir import RunDir
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args")
