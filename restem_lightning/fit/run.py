@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -150,11 +151,12 @@ def _run(cli: ReSTEMCLI, run: RunDir, stop: StopRequest) -> None:
 
 def _outline(config: Any, made: Any, problems: dict[str, list[Problem]]) -> str:
     """Returns what the run will do, in one line."""
+    num_validation = len(problems.get("validation", []))
     num_held_out = sum(len(problems[name]) for name in made.problems.held_out)
     return (
-        f"{config.iterations} iterations of {len(problems['train']):,} problems x {made.sampling.n} "
-        f"completions, {len(problems.get('validation', [])):,} problems on D_val, {num_held_out:,} "
-        "held out; `restem plan` with the same words says what that takes"
+        f"{config.iterations} iterations, {len(problems['train']):,} problems x {made.sampling.n} "
+        f"completions each; {num_validation:,} problems in D_val, {num_held_out:,} held out; "
+        "`restem plan` with the same words says what that takes"
     )
 
 
