@@ -34,8 +34,9 @@ def main() -> None:
     parser.add_argument("--trials", type=int, help="most trials; run_cap of the YAML if not given")
     parser.add_argument("--output", type=Path, default=Path("runs/sweeps"), help="folder of sweeps")
     parser.add_argument("--seed", type=int, default=0, help="of the engine's choices")
-    parser.add_argument("words", nargs="*", help="more words of restem fit for every trial")
-    options = parser.parse_args()
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    options = parser.parse_args(words[:end], argparse.Namespace(words=words[end + 1 :]))
     import numpy as np
     from sweeps import next_run, schema_violations_from_proposed_config
 
