@@ -98,7 +98,7 @@ def _opened(cli: Any, *, needs_weights: bool) -> Iterator[tuple[Loop, Any]]:
         check_settings(cli.config_of(1), made, run, 1)
         with open_verifiers(cli.config.verifier, made.verification) as verifiers:
             problems = load_problems(made, verifiers)
-            tracker = Tracker(TrackingParams(), run, {})
+            tracker = Tracker(TrackingParams(), run, {}, base=base, questions={})
             loop = make_loop(
                 made, problems, run=run, base=base, seed=cli.settings()["seed"],
                 verifiers=verifiers, tracker=tracker, stop=StopRequest(reserve_s=0),
