@@ -22,6 +22,7 @@ EXTRAS = {  # distribution -> the extra that brings it, and what it is for
     "wandb": ("wandb", "tracking.wandb_project"),
     "reasoning-gym": ("procedural", "generated problems of many kinds"),
     "datasets": ("hub", "data sets by their hub id"),
+    "peft": ("lora", "model.lora"),
 }
 
 
@@ -130,12 +131,24 @@ def _memory_gib() -> float:
 
 
 def _kernels(_: Path) -> list[Finding]:
-    """Runs one kernel on the GPU and compares; without a GPU torch does the sampler's work."""
+    """Compiles kernels: on a GPU one of Triton's, which is compared, on a CPU those in C."""
     import torch
-    from restem_kernels import reference
+    from restem_kernels import c_library, reference
 
     if not torch.cuda.is_available():
-        return [Finding(name="kernels", state="ok", detail="no GPU: the sampler's CPU path")]
+        try:
+            c_library.load(torch.float32)
+        except c_library.NoCompiler as error:
+            return [
+                Finding(
+                    name="kernels",
+                    state="absent",
+                    detail=f"{error}; the sampler runs in torch, more slowly",
+                    remedy="install gcc or clang",
+                )
+            ]
+        detail = "no GPU: the sampler's kernels in C compile and load"
+        return [Finding(name="kernels", state="ok", detail=detail)]
     from restem_kernels import gpu
 
     x, residual = torch.randn(2, 8, 64, device="cuda").unbind()
@@ -189,6 +202,18 @@ def _slurm(_: Path) -> list[Finding]:
         ]
     where = f"in job {job}" if job else "outside a job: sbatch scripts/launch.sbatch starts one"
     return [Finding(name="SLURM", state="ok", detail=f"sbatch is here, {where}")]
+
+
+def _sandbox(_: Path) -> list[Finding]:
+    """Attacks the walls from inside."""
+    from restem_lightning.sandbox.levels import probe
+
+    report = probe()
+    state: State = "ok" if report.level in ("namespaces", "landlock") else "absent"
+    detail = f"level {report.level}: {report.detail}"
+    if report.level is None:
+        detail = f"foreign code cannot be confined ({'; '.join(report.refusals)})"
+    return [Finding(name="sandbox", state=state, detail=detail, remedy=report.remedy)]
 
 
 def _wandb(_: Path) -> list[Finding]:
@@ -248,6 +273,7 @@ CHECKS: dict[str, Callable[[Path], list[Finding]]] = {
     "device": _device,
     "kernels": _kernels,
     "FSDP": _fsdp,
+    "sandbox": _sandbox,
     "SLURM": _slurm,
     "W&B": _wandb,
     "run folder": _run_folder,

@@ -4,6 +4,8 @@ import json
 import os
 
 import pytest
+import torch
+from restem_kernels import c_library
 
 from restem_lightning import doctor
 from restem_lightning.doctor import Finding, examine, exit_status, shown
@@ -24,9 +26,18 @@ def test_this_machine_passes_its_tests_so_nothing_is_broken(findings):
 
 def test_every_check_says_something(findings):
     names = by_name(findings)
-    assert {"packages", "device", "kernels", "FSDP", "SLURM", "run folder"} <= set(names)
+    assert {"packages", "device", "kernels", "FSDP", "sandbox", "SLURM", "run folder"} <= set(names)
     assert "torch" in names["packages"].detail
     assert "FSDP2 shards" in names["FSDP"].detail
+
+
+def test_without_a_compiler_the_kernels_in_c_are_absent(monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    c_library.load.cache_clear()
+    (finding,) = doctor.CHECKS["kernels"](tmp_path)
+    c_library.load.cache_clear()
+    assert finding.state == ("ok" if torch.cuda.is_available() else "absent")
+    assert finding.remedy or finding.state == "ok"
 
 
 def test_what_is_not_there_comes_with_a_remedy(findings):
