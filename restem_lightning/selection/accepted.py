@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -38,15 +39,18 @@ def end_with_eos(accepted: pa.Table, eos_ids: Collection[int]) -> pa.Table:
     """
     if not eos_ids:
         return accepted
-    end = next(iter(eos_ids))
-    ids = [
-        row if row[-1:] and row[-1] in eos_ids else [*row, end]
-        for row in accepted["completion_ids"].to_pylist()
-    ]
-    return with_column(accepted, "completion_ids", ids)
+    column = accepted["completion_ids"].combine_chunks()
+    ids, lengths = column.flatten().to_numpy(), column.value_lengths().to_numpy()
+    ends, lacks_eos = np.cumsum(lengths), np.ones(len(lengths), dtype=bool)
+    some = lengths > 0
+    lacks_eos[some] = ~np.isin(ids[ends[some] - 1], list(eos_ids))
+    ids = np.insert(ids, ends[lacks_eos], next(iter(eos_ids)))
+    offsets = np.concatenate([[0], np.cumsum(lengths + lacks_eos)])
+    ended = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(ids, pa.int32()))
+    return with_column(accepted, "completion_ids", ended)
 
 
-def with_column(accepted: pa.Table, name: str, values: list) -> pa.Table:
+def with_column(accepted: pa.Table, name: str, values: list | pa.Array) -> pa.Table:
     """Returns an accepted dataset with other values in one column."""
     place = ACCEPTED_SCHEMA.get_field_index(name)
     field = ACCEPTED_SCHEMA.field(place)

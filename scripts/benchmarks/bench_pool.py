@@ -71,9 +71,16 @@ def check(folder: Path, *_: int) -> None:
 def select(folder: Path, *_: int) -> None:
     """Selects at most 10 a problem, distinct ones, and writes the accepted dataset."""
     from restem_lightning.completions import CompletionStore
-    from restem_lightning.selection import end_with_eos, select_completions, write_accepted
+    from restem_lightning.selection import (
+        SelectionParams,
+        end_with_eos,
+        select_completions,
+        write_accepted,
+    )
 
-    selection = select_completions(CompletionStore(folder / "completions"), dedupe="exact")
+    selection = select_completions(
+        CompletionStore(folder / "completions"), SelectionParams(dedupe="exact")
+    )
     write_accepted(folder / "accepted.parquet", end_with_eos(selection.accepted, (1,)))
 
 
