@@ -1,15 +1,17 @@
 """Damaged files, a server that is away, a verifier worker that dies; README.md is the table."""
 
 import json
+import resource
 import shutil
 import socket
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from restem_lightning.loop import callback
-from restem_lightning.m_step.checkpoints import is_whole
+from restem_lightning.m_step.checkpoints import is_whole, write_error
 from restem_lightning.run_dir import RunDir, read_json
 from tests.faults.conftest import SETTINGS, do_before
 
@@ -93,6 +95,23 @@ def test_a_sharded_checkpoint_is_whole_until_a_file_of_it_is_truncated_or_gone(n
     assert is_whole(tmp_path)
     truncate(tmp_path / name)
     assert not is_whole(tmp_path)
+
+
+def test_what_torch_raises_on_a_full_disk_is_known_as_a_failed_write(tmp_path):
+    weights, limits = {"weights": torch.ones(1 << 18)}, resource.getrlimit(resource.RLIMIT_FSIZE)
+    writers = (
+        lambda: dcp.save(weights, checkpoint_id=tmp_path / "folder", no_dist=True),
+        lambda: torch.save(weights, tmp_path / "file"),
+    )
+    for write in writers:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, limits[1]))
+        try:
+            with pytest.raises((RuntimeError, CheckpointException)) as raised:
+                write()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert write_error(raised.value)
+    assert write_error(RuntimeError("anything else")) is None
 
 
 def test_w_and_b_out_of_reach_is_said_and_the_run_goes_on(
