@@ -120,7 +120,8 @@ def _run(cli: ReSTEMCLI, run: RunDir, stop: StopRequest) -> None:
         problems = load_problems(made, verifiers)
         if rank_zero_only.rank == 0:  # last: a mistake must not bind the folder to its settings
             open_run(run.path, settings, free=FREE_ON_RESUME)
-        say(_outline(config, made, problems))
+        if run.resume_iteration() <= config.iterations:
+            say(_outline(config, made, problems))
         questions = {problem.problem_id: problem.question for problem in problems["train"]}
         with Tracker(made.tracking, run, settings, base=base, questions=questions) as tracker:
 
