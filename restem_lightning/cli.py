@@ -28,7 +28,7 @@ MODULES = {"fit": "fit", "compare": "compare", "plan": "plan.command"}
 
 # A place that cannot be written is for the user to mend; any other OSError is a fault of ours.
 UNWRITABLE = (
-    errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
+    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
 )  # fmt: skip
 
 
@@ -55,9 +55,10 @@ def main(args: Sequence[str] | None = None) -> None:
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        place = f" ({error.filename})" if error.filename else ""
+        file = error.filename2 or error.filename  # of a copy the second is the one written
+        place = f" ({file})" if file else ""
         print(
-            f"restem {verb}: error: {error.strerror}{place}; free space or mend the "
+            f"restem {verb}: error: {os.strerror(error.errno)}{place}; free space or mend the "
             "permissions and give the same command again, or write elsewhere",
             file=sys.stderr,
         )

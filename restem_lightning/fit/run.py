@@ -18,10 +18,11 @@ from restem_lightning.fit.command_line import ReSTEMCLI, make_cli
 from restem_lightning.loop.callback import ReSTEMCallback
 from restem_lightning.loop.iteration import is_plateau
 from restem_lightning.loop.learned import learn_verifier, wants_verifier
-from restem_lightning.loop.ranks import leave_together
+from restem_lightning.loop.ranks import is_of_lost_rank, leave_together
 from restem_lightning.loop.shared import Loop
-from restem_lightning.loop.stop_request import Stopped, StopRequest
+from restem_lightning.loop.stop_request import STOPPED_STATUS, Stopped, StopRequest
 from restem_lightning.loop.tracking import Tracker
+from restem_lightning.m_step.checkpoints import write_error
 from restem_lightning.m_step.stopping import resume_checkpoint, stop_callbacks
 from restem_lightning.problems import Problem
 from restem_lightning.report.html import iteration_table, write_report
@@ -86,8 +87,27 @@ def _stopping(run: RunDir, stop: StopRequest, *, command: str) -> Iterator[None]
         if isinstance(error, Stopped):
             leave_together()
         sys.exit(stop.status)
+    except BaseException as error:  # torch's error of a checkpoint is no Exception
+        if is_of_lost_rank(error):
+            _leave_alone(run, command=command)
+        if reason := write_error(error):
+            raise UserError(
+                f"a checkpoint below {run.path} cannot be written ({reason}); free space or mend "
+                "the permissions and give the same command again"
+            ) from error
+        raise
     finally:
         stop.uninstall()
+
+
+def _leave_alone(run: RunDir, *, command: str) -> None:
+    """Ends this process where another rank has ended without a word."""
+    if rank_zero_only.rank in (0, 1):  # 1 for the case that 0 is the one that is lost
+        print(
+            f"\nrestem fit: another rank was lost; {_saved(run)}; go on with: {command}",
+            file=sys.stderr,
+        )
+    sys.exit(STOPPED_STATUS)
 
 
 def _saved(run: RunDir) -> str:

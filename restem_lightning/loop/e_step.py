@@ -174,7 +174,7 @@ def _draw_missing(
             bar.update()
             if stage.should_stop():
                 break
-    if any_rank(stage.should_stop()):
+    if any_rank(stage.should_stop(), is_leaving=stage.should_stop):
         raise Stopped
 
 

@@ -1,10 +1,22 @@
 """Which rank this is, and how ranks wait for each other; all of it holds for one process too."""
 
 import time
+from collections.abc import Callable
 
 import torch.distributed as dist
 
 LOOK_EVERY_S = 0.02
+LOST_AFTER_S = 10.0  # torchrun and srun kill 30 s after SIGTERM
+
+
+class LostRank(Exception):
+    """Another rank does not come to where this one waits for it."""
+
+
+def is_of_lost_rank(error: BaseException) -> bool:
+    """Returns whether an error says that another rank is gone."""
+    # Of gloo a plain RuntimeError comes, which names a source file of it.
+    return isinstance(error, (LostRank, dist.DistError)) or "/gloo/" in str(error)
 
 
 def is_distributed() -> bool:
@@ -40,12 +52,19 @@ def barrier() -> None:
     any_rank(False)
 
 
-def any_rank(is_so: bool) -> bool:
+def any_rank(is_so: bool, *, is_leaving: Callable[[], bool] = bool) -> bool:
     """Returns on every rank whether it is so on one of them; each waits for the others.
 
     A collective would end in a time-out (10 minutes with NCCL) while one rank still draws its last
     part or selects. A rank that has died is the launcher's business: torchrun and srun end the
     others, see scripts/launch.sbatch.
+
+    Args:
+        is_so: this rank's answer.
+        is_leaving: whether this rank is told to stop; then it does not wait for long.
+
+    Raises:
+        LostRank: it is told to stop, and another rank has not come in LOST_AFTER_S.
     """
     store = group_store()
     if store is None:
@@ -55,7 +74,12 @@ def any_rank(is_so: bool) -> bool:
     store.add(f"restem/votes/{meeting}", int(is_so))
     here = f"restem/here/{meeting}"
     num_here = store.add(here, 1)
+    last_patient = time.monotonic()
     while num_here < num_ranks:
         time.sleep(LOOK_EVERY_S)
+        if not is_leaving():
+            last_patient = time.monotonic()
+        elif time.monotonic() - last_patient > LOST_AFTER_S:
+            raise LostRank(f"{num_ranks - num_here} of {num_ranks} ranks did not come")
         num_here = store.add(here, 0)
     return store.add(f"restem/votes/{meeting}", 0) > 0

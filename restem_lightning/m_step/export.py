@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch import LightningModule
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from restem_lightning.errors import UserError
+from restem_lightning.m_step.checkpoints import is_whole
 from restem_lightning.m_step.weights import policy_weights, whole
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf"}
@@ -61,14 +63,16 @@ def export_policy(
     destination = Path(destination)
     partial = destination.with_name(destination.name + ".partial")
     if writes:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial.exists():  # of a run that was killed
+            shutil.rmtree(partial)
         partial.mkdir(parents=True)
         _copy_rest(Path(source_policy), partial, model)
     _write_weights(model, partial if writes else None, file_bytes)
     if writes:
         _check_logits(partial, probe)
         _sync(partial)
-        shutil.rmtree(destination, ignore_errors=True)
+        if destination.exists():
+            shutil.rmtree(destination)
         partial.rename(destination)
     if dist.is_initialized():
         dist.barrier()
@@ -82,9 +86,14 @@ def load_best(module: LightningModule, checkpoint_path: str | Path) -> None:
         checkpoint_path: a single .ckpt file, or the folder that ModelParallelStrategy writes.
 
     Raises:
-        UserError: if there is no checkpoint.
+        UserError: if there is no checkpoint, or a damaged one.
     """
     path = Path(checkpoint_path)
+    if path.exists() and not is_whole(path):
+        raise UserError(
+            f"checkpoint ({path}) is damaged; delete {path.parent} and give the same command "
+            "again: this M-step begins anew"
+        )
     if path.is_dir():
         state = {"state_dict": get_model_state_dict(module)}
         dcp.load(state, checkpoint_id=path)
@@ -218,8 +227,15 @@ def _save_checked(weights: dict[str, Tensor], file: Path) -> None:
 
     Raises:
         RuntimeError: what was read back differs.
+        OSError: the file cannot be written.
     """
-    save_file(weights, file, metadata={"format": "pt"})
+    try:
+        save_file(weights, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # the system's error is in its text only
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
     with safe_open(file, framework="pt") as saved:
         names = set(saved.keys()) ^ set(weights)
         names |= {n for n, each in weights.items() if not torch.equal(saved.get_tensor(n), each)}

@@ -1,6 +1,5 @@
 """When an M-step stops, and which of its checkpoints becomes the policy."""
 
-import zipfile
 from pathlib import Path
 from typing import Literal
 
@@ -8,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from restem_lightning.errors import UserError
+from restem_lightning.m_step.checkpoints import is_whole
 
 StopRule = Literal["first_drop", "best", "none"]
 
@@ -80,7 +80,6 @@ def resume_checkpoint(folder: str | Path) -> Path | None:
     complete = [
         path
         for path in Path(folder).glob("last-*.ckpt")
-        # The index of a zip file is at its end, so a truncated one has none.
-        if zipfile.is_zipfile(path) or (path / "meta.pt").is_file()  # Lightning writes it last
+        if is_whole(path) and (path.is_file() or (path / "meta.pt").is_file())
     ]
     return max(complete, key=lambda path: int(path.stem.removeprefix("last-")), default=None)

@@ -1,6 +1,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from restem_lightning.errors import UserError
@@ -143,8 +144,8 @@ def test_a_killed_m_step_ends_like_the_uninterrupted_one(
 def test_resume_takes_the_newest_complete_checkpoint(tmp_path):
     assert resume_checkpoint(tmp_path) is None
     (tmp_path / "last-9.ckpt").touch()
-    (tmp_path / "last-10.ckpt").mkdir()
-    (tmp_path / "last-10.ckpt" / "meta.pt").touch()
+    dcp.save({"weights": torch.ones(9)}, checkpoint_id=tmp_path / "last-10.ckpt", no_dist=True)
+    torch.save({}, tmp_path / "last-10.ckpt" / "meta.pt")
     (tmp_path / "last-11.ckpt").mkdir()  # killed while ranks wrote their shards
     (tmp_path / "best-12.ckpt").touch()
     assert resume_checkpoint(tmp_path).name == "last-10.ckpt"

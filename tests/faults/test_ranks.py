@@ -1,0 +1,68 @@
+"""A rank killed in the E-step and in the M-step: one line of ours, and the same command goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from restem_lightning.run_dir import RunDir, read_json
+from tests.faults.conftest import SETTINGS
+
+ROOT = Path(__file__).parents[2]
+FSDP = {
+    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+    "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
+}
+
+
+def launch(words):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "restem_lightning", *words],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def kill_last_rank(launched):
+    """Ends the last process that torchrun has started; verifier workers are ranks' children."""
+    children = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
+    ranks = [c for c in children if b"fit" in Path(f"/proc/{c}/cmdline").read_bytes().split(b"\0")]
+    assert len(ranks) == 2
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+
+
+def test_a_killed_rank_is_said_in_one_line_and_the_same_command_goes_on(whole, fit_words, tmp_path):
+    run = RunDir(tmp_path / "run")
+    changes = {"trainer.strategy": json.dumps(FSDP), "trainer.devices": 2}
+    words = fit_words(run.path, **SETTINGS, **changes)
+    paths = run.iteration(1)
+    moments = [
+        (paths.completions, "part-*.json", "E-step of iteration 1"),
+        (paths.m_step, "last-*.ckpt/meta.pt", "M-step of iteration 1 up to last-2.ckpt"),
+    ]
+    for folder, written, kept in moments:
+        launched, end = launch(words), time.monotonic() + 120
+        while not any(folder.glob(written)) and launched.poll() is None and time.monotonic() < end:
+            time.sleep(0.01)
+        kill_last_rank(launched)
+        err = launched.communicate(timeout=120)[1]
+        assert launched.returncode != 0
+        # What torchrun itself says of it comes besides.
+        (line,) = [line for line in err.splitlines() if line.startswith("restem fit: another")]
+        assert kept in line
+        assert "go on with: restem fit" in line
+        assert "[rank0]" not in err  # torch's mark of a stack trace
+        assert not paths.manifest.exists()
+    resumed = launch(words)
+    err = resumed.communicate(timeout=120)[1]
+    assert resumed.returncode == 0, err[-3000:]
+    assert paths.accepted.read_bytes() == whole.iteration(1).accepted.read_bytes()
+    m_steps = [read_json(each.metrics)["m_step"] for each in (paths, whole.iteration(1))]
+    assert m_steps[0] == m_steps[1]
