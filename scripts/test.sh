@@ -6,5 +6,6 @@ set -eu
 . "$(dirname "$0")/install.sh" dev
 ruff check .
 ruff format --check .
-# The tests are many small matrix products: a second OpenMP thread only gets in their way.
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec pytest -q -m "not (slurm and slow)" "$@"
+# Two files side by side, one thread each: the tests are many small matrix products, which a second
+# OpenMP thread only gets in the way of.
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec pytest -q -n 2 --dist loadfile -m "not (slurm and slow)" "$@"

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from restem_lightning.completions import CompletionStore
 from restem_lightning.errors import UserError
-from restem_lightning.fit.assembly import load_problems, make_loop, say
+from restem_lightning.fit.assembly import load_problems, make_loop
 from restem_lightning.fit.checks import check_policies, check_settings, iterations_that_differ
 from restem_lightning.fit.command_line import ReSTEMCLI, make_cli
 from restem_lightning.loop.callback import ReSTEMCallback
@@ -140,7 +140,8 @@ def _run(cli: ReSTEMCLI, run: RunDir, stop: StopRequest) -> None:
         problems = load_problems(made, verifiers)
         if rank_zero_only.rank == 0:  # last: a mistake must not bind the folder to its settings
             open_run(run.path, settings, free=FREE_ON_RESUME)
-        say(_outline(config, made, problems))
+        if rank_zero_only.rank == 0 and run.resume_iteration() <= config.iterations:
+            print(_outline(config, made, problems))
         questions = {problem.problem_id: problem.question for problem in problems["train"]}
         with Tracker(made.tracking, run, settings, base=base, questions=questions) as tracker:
 
