@@ -53,7 +53,7 @@ def test_a_flipped_bit_in_a_part_is_named_and_the_part_is_drawn_again(
     part.write_bytes(content)
     stopped = restem(*words)
     assert stopped.code == 2
-    (line,) = stopped.err.splitlines()[1:]
+    (line,) = stopped.err.splitlines()
     assert f"{part} is missing or damaged" in line
     assert "run again" in line
     part.unlink()
@@ -80,7 +80,7 @@ def test_a_truncated_best_checkpoint_is_named_and_the_m_step_begins_anew(
     words = fit_words(before_export.path, **SETTINGS)
     stopped = restem(*words)
     assert stopped.code == 2
-    (line,) = stopped.err.splitlines()[1:]
+    (line,) = stopped.err.splitlines()
     assert f"{best}) is damaged; delete {folder} " in line
     shutil.rmtree(folder)
     resumed = restem(*words)

@@ -36,7 +36,7 @@ def test_a_write_that_fails_is_one_line_and_the_same_command_goes_on(
             finally:
                 disk.mend()
         assert stopped.code == 2, stopped.err
-        (line,) = stopped.err.splitlines()[1:]  # the first one says what the run will do
+        (line,) = stopped.err.splitlines()
         assert line.startswith("restem fit: error: ")
         assert re.search(r" \(\S+\); ", line)  # which file
         assert "same command" in line
