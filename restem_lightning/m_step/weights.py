@@ -46,6 +46,7 @@ def empty_policy(policy: str, dtype: torch.dtype) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=ATTENTION_NAME
         )
+    model.tie_weights()  # each end got a parameter of its own, and FSDP would shard both
     return _for_training(model)
 
 
