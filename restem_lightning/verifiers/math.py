@@ -12,7 +12,12 @@ from restem_lightning.verifiers.comparison import compare
 from restem_lightning.verifiers.equations import wrong_equation
 
 MAX_TEXT = 20_000
-STOP_MARKS = ("\nQ:", "\nQuestion:", "\nProblem:")
+STOP_MARKS = (
+    *("\nQ:", "\nQuestion:", "\nProblem:", "\n### Instruction", "\n### Question", "\n### Problem"),
+    *("\nHuman:", "\nUser:", "<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "[INST]"),
+)
+# The next of numbered problems: a completion's own may well be called problem 1.
+_NEXT_NUMBERED = re.compile(r"\n(?:Problem|Question|Exercise|Q) ?(?:[2-9]|\d{2,4})[:.)]")
 
 # To the end of the sentence or line; a newline or full stop inside $...$ ends neither.
 _SENTENCE = (
@@ -40,7 +45,7 @@ class MathVerifier:
     """Judges a final answer against the problem's reference answer."""
 
     name = "math"
-    version = "2"
+    version = "3"
 
     def __init__(
         self,
@@ -135,10 +140,12 @@ def check_answer_format(answer_format: str) -> None:
 def judged_text(text: str, stop_marks: Sequence[str] = STOP_MARKS) -> str:
     """Returns the part of a completion that is judged.
 
-    It is the text before the first stop mark and after `</think>` (nothing if `<think>` is not
-    closed), and of that the last 20,000 characters.
+    It is the text before the first stop mark or numbered next problem, and after `</think>` (nothing
+    if `<think>` is not closed), and of that the last 20,000 characters.
     """
     ends = [position for mark in stop_marks if (position := text.find(mark)) >= 0]
+    if stop_marks and (numbered := _NEXT_NUMBERED.search(text)):
+        ends.append(numbered.start())
     kept = text[: min(ends)] if ends else text
     _, closed, after = kept.rpartition("</think>")
     return "" if not closed and "<think>" in after else after[-MAX_TEXT:]
