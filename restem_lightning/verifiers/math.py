@@ -140,8 +140,8 @@ def check_answer_format(answer_format: str) -> None:
 def judged_text(text: str, stop_marks: Sequence[str] = STOP_MARKS) -> str:
     """Returns the part of a completion that is judged.
 
-    It is the text before the first stop mark or numbered next problem, and after `</think>` (nothing
-    if `<think>` is not closed), and of that the last 20,000 characters.
+    It is the text before the first stop mark or numbered next problem, and after `</think>`
+    (nothing if `<think>` is not closed), and of that the last 20,000 characters.
     """
     ends = [position for mark in stop_marks if (position := text.find(mark)) >= 0]
     if stop_marks and (numbered := _NEXT_NUMBERED.search(text)):
