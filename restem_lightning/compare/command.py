@@ -116,14 +116,19 @@ def _parser() -> ArgumentParser:
 
 
 def _run_until_stopped(runs: Sequence[ArmRun], jobs: int) -> dict[ArmRun, str]:
-    """Runs all; a SIGTERM ends it as Ctrl-C does: every run saves what it has."""
-    is_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
+    """Runs all; at Ctrl-C or a SIGTERM every run saves what it has.
+
+    Both are taken over: a shell starts what it runs in the background with Ctrl-C ignored.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, signal.default_int_handler)
     try:
         return run_all(runs, jobs=jobs, say=lambda text: print(text, file=sys.stderr, flush=True))
     finally:
-        if is_main:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _outcomes(

@@ -71,6 +71,7 @@ def grow(arguments: argparse.Namespace) -> None:
         "eos": False,
         "cache_tokens": 2048 if arguments.quick else 0,
         "batch_invariant": "auto",
+        "kernels": "auto",
     }
     start = time.monotonic()
     print(f"{'what':18} {'value':>6} {'tokens':>8} {'seconds':>8} {'tokens/s':>9} {'MiB':>7}")

@@ -231,11 +231,14 @@ def test_no_library_chatter_reaches_the_screen(quiet):
     _, result = quiet
     assert result.err == ""
     lines = [line for line in result.out.splitlines() if line.strip()]
-    assert lines[0].startswith("iteration 0: held_out greedy_pass@1 ")
-    assert re.match(r"iteration 1: completions 96 -> not truncated \d+ -> correct \d+", lines[1])
-    assert lines[2].startswith("iteration 1: held_out greedy_pass@1 ")
-    assert lines[3].split()[:2] == ["iteration", "greedy"]
-    assert [line.split()[0] for line in lines[4:]] == ["0", "1", "report", "policy"]
+    assert lines[0].startswith(
+        "1 iterations, 24 problems x 4 completions each; 8 problems in D_val"
+    )
+    assert lines[1].startswith("iteration 0: held_out greedy_pass@1 ")
+    assert re.match(r"iteration 1: completions 96 -> not truncated \d+ -> correct \d+", lines[2])
+    assert lines[3].startswith("iteration 1: held_out greedy_pass@1 ")
+    assert lines[4].split()[:2] == ["iteration", "greedy"]
+    assert [line.split()[0] for line in lines[5:]] == ["0", "1", "report", "policy"]
 
 
 def test_a_look_at_d_val_that_would_never_come_is_one_line(restem, fit_words, tmp_path):
