@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from restem_lightning.errors import UserError
-from restem_lightning.problems import Problem, read_rows
+from restem_lightning.problems import Problem
+from restem_lightning.problems.records import read_rows
 
 ASSETS = Path(__file__).parent / "assets"
 

@@ -24,9 +24,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from restem_lightning import function_problems, word_problems
-from restem_lightning.function_problems import STEPS, Task, write_program
-from restem_lightning.word_problems import Step, calculate, work_out
+from restem_lightning.problems import functions, words
+from restem_lightning.problems.functions import STEPS, Task, write_program
+from restem_lightning.problems.words import Step, calculate, work_out
 
 PROMPT = "Q: {question}\nA:\n"
 EOS = "<|end|>"
@@ -130,7 +130,7 @@ class Domain:
 DOMAINS = {
     "words": Domain(
         folder="policy",
-        draw=word_problems.draw_split,
+        draw=words.draw_split,
         write=write_working,
         batch_size=32,
         parts=(
@@ -140,7 +140,7 @@ DOMAINS = {
     ),
     "functions": Domain(
         folder="code_policy",
-        draw=function_problems.draw_split,
+        draw=functions.draw_split,
         write=write_careless_program,
         batch_size=16,
         parts=(

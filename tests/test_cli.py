@@ -10,10 +10,9 @@ import pytest
 from restem_lightning import __version__
 from restem_lightning.cli import VERBS
 from restem_lightning.completions import CompletionStore
-from restem_lightning.problems import write_problems
+from restem_lightning.problems import WordProblems, write_problems
 from restem_lightning.run_dir import read_json
 from restem_lightning.settings import EMBEDDED_POLICY
-from restem_lightning.word_problems import WordProblems
 
 JSONL = "restem_lightning.problems.JsonlProblems"
 SMALL = (

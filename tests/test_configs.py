@@ -89,7 +89,7 @@ def test_one_setting_names_the_task_of_all_generated_problem_sets():
 
 
 def test_without_a_task_a_set_of_generated_problems_is_refused():
-    from restem_lightning.procedural import ReasoningGym
+    from restem_lightning.problems import ReasoningGym
 
     with pytest.raises(UserError, match=r"task \(null\).*set problems.task"):
         ReasoningGym(seed=1, num=1)

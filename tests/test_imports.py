@@ -19,7 +19,6 @@ NOUNS = (
     "per_iteration",
     "run_dir",
     "errors",
-    "procedural",
     "selection.pairs",
 )
 SAMPLER = (

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from restem_lightning.code_problems import RAW_KEYS, code_fields
 from restem_lightning.completions import Verdict, VerdictKind
 from restem_lightning.errors import UserError
-from restem_lightning.problems import Problem, open_file, problem_from_fields
+from restem_lightning.problems import Problem
+from restem_lightning.problems.code import RAW_KEYS, code_fields
+from restem_lightning.problems.records import open_file, problem_from_fields
 from restem_lightning.verifiers.base import VerifierSpec
 from restem_lightning.verifiers.pool import VerifierPool
 

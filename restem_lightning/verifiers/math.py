@@ -7,7 +7,8 @@ from typing import Any
 from restem_lightning.completions import Verdict, VerdictKind
 from restem_lightning.equations import equations
 from restem_lightning.errors import UserError
-from restem_lightning.problems import Problem, last_boxed
+from restem_lightning.problems import Problem
+from restem_lightning.problems.math import last_boxed
 from restem_lightning.verifiers.comparison import compare
 from restem_lightning.verifiers.equations import wrong_equation
 

@@ -10,7 +10,7 @@ from typing import Any
 from restem_lightning.completions import Verdict, VerdictKind
 from restem_lightning.errors import UserError
 from restem_lightning.problems import Problem
-from restem_lightning.procedural import reasoning_gym_dataset
+from restem_lightning.problems.procedural import reasoning_gym_dataset
 from restem_lightning.verifiers.math import (
     STOP_MARKS,
     check_answer_format,
@@ -20,7 +20,7 @@ from restem_lightning.verifiers.math import (
 
 
 class ProceduralVerifier:
-    """Judges answers to problems of `restem_lightning.procedural.ReasoningGym`."""
+    """Judges answers to problems of `restem_lightning.problems.ReasoningGym`."""
 
     name = "procedural"
 
@@ -30,7 +30,7 @@ class ProceduralVerifier:
         stop_marks: Sequence[str] = STOP_MARKS,
         partial_credit: bool = False,
     ) -> None:
-        r"""Judges answers to problems of `restem_lightning.procedural.ReasoningGym`.
+        r"""Judges answers to problems of `restem_lightning.problems.ReasoningGym`.
 
         Args:
             answer_format: where the answer stands; the last one counts. answer_tag:
@@ -89,7 +89,7 @@ class ProceduralVerifier:
         if missing := [name for name in names if name not in metadata]:
             raise UserError(
                 f"metadata of {problem.problem_id!r} lacks {', '.join(missing)}; "
-                "load it with restem_lightning.procedural.ReasoningGym"
+                "load it with restem_lightning.problems.ReasoningGym"
             )
         task, seed, size, index, config = (metadata[name] for name in names)
         key = json.dumps([task, seed, size, config], sort_keys=True)

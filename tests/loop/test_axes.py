@@ -13,9 +13,9 @@ from restem_lightning.errors import UserError
 from restem_lightning.loop.draw import DrawParams, problems_of_e_step
 from restem_lightning.loop.mixing import MixParams
 from restem_lightning.m_step.export import policy_hash
+from restem_lightning.problems import WordProblems
 from restem_lightning.run_dir import RunDir, read_json
 from restem_lightning.settings import EMBEDDED_POLICY
-from restem_lightning.word_problems import WordProblems
 
 HINT = json.dumps(
     {

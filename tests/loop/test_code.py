@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from restem_lightning.function_problems import FunctionProblems
+from restem_lightning.problems import FunctionProblems
 from restem_lightning.run_dir import RunDir, read_json
 
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "quickstart_code.yaml"

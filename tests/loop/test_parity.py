@@ -13,13 +13,12 @@ from restem_lightning.completions import CompletionStore
 from restem_lightning.loop.e_step import EStepParams, fill_store
 from restem_lightning.loop.parity import compare, measure_parity, parity_warning
 from restem_lightning.loop.stage import Stage, load_policy
-from restem_lightning.problems import write_problems
+from restem_lightning.problems import WordProblems, write_problems
 from restem_lightning.prompts import FewShotPrompt
 from restem_lightning.run_dir import read_json
 from restem_lightning.sampler import EngineParams, SamplingParams
 from restem_lightning.settings import EMBEDDED_POLICY
 from restem_lightning.verifiers import VerifierPool, VerifierSpec
-from restem_lightning.word_problems import WordProblems
 
 EASY = f"{Path(__file__).with_name('easy_verifier.py')}:EasyVerifier"
 CPU = torch.device("cpu")

@@ -14,10 +14,9 @@ from restem_lightning.completions import (
     to_table,
 )
 from restem_lightning.loop.quota import next_indices
-from restem_lightning.problems import write_problems
+from restem_lightning.problems import WordProblems, write_problems
 from restem_lightning.run_dir import RunDir, read_json
 from restem_lightning.selection import SelectionParams, select_completions
-from restem_lightning.word_problems import WordProblems
 
 EASY = f"{Path(__file__).with_name('easy_verifier.py')}:EasyVerifier"
 N = 8

@@ -7,9 +7,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from restem_lightning.completions import CompletionStore
-from restem_lightning.problems import write_problems
+from restem_lightning.problems import WordProblems, write_problems
 from restem_lightning.settings import EMBEDDED_POLICY
-from restem_lightning.word_problems import WordProblems
 
 
 def row_of(folder, place):

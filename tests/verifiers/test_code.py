@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from restem_lightning.code_problems import MBPP, HumanEval
 from restem_lightning.errors import UserError
-from restem_lightning.problems import Problem
+from restem_lightning.problems import MBPP, HumanEval, Problem
 from restem_lightning.verifiers import CodeVerifier, VerifierPool, VerifierSpec, verify_file
 from restem_lightning.verifiers.code import same_output
 

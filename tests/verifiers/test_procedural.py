@@ -5,8 +5,7 @@ import pytest
 
 from restem_lightning.completions import VerdictKind
 from restem_lightning.errors import UserError
-from restem_lightning.problems import read_problems, write_problems
-from restem_lightning.procedural import ReasoningGym
+from restem_lightning.problems import ReasoningGym, read_problems, write_problems
 from restem_lightning.verifiers import (
     ProceduralVerifier,
     VerifierPool,

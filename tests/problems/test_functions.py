@@ -3,16 +3,10 @@ from itertools import islice
 import pytest
 
 from restem_lightning.errors import UserError
-from restem_lightning.function_problems import (
-    STEPS,
-    FunctionProblems,
-    Task,
-    draw_split,
-    write_program,
-)
-from restem_lightning.problems import check_splits
+from restem_lightning.problems import FunctionProblems, check_splits
+from restem_lightning.problems.functions import STEPS, Task, draw_split, write_program
+from restem_lightning.problems.words import SPLIT_SHARES
 from restem_lightning.verifiers.programs import extract_program
-from restem_lightning.word_problems import SPLIT_SHARES
 
 
 def passes(problem, program):

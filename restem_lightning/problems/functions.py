@@ -14,8 +14,8 @@ from itertools import islice
 from typing import Any
 
 from restem_lightning.errors import UserError
-from restem_lightning.problems import Problem
-from restem_lightning.word_problems import SPLIT_SHARES, split_of
+from restem_lightning.problems.records import Problem
+from restem_lightning.problems.words import SPLIT_SHARES, split_of
 
 NAMES = ("solve", "pick", "clean", "work", "apply", "run", "change", "go")
 ARGUMENTS = ("xs", "nums", "values", "items")

@@ -12,7 +12,7 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from restem_lightning.errors import UserError
-from restem_lightning.problems import Problem
+from restem_lightning.problems.records import Problem
 
 SEED_STRIDE = 1_000_000
 
@@ -55,7 +55,7 @@ class ReasoningGym:
         wanted = json.dumps([self._task, self._seed, self._num, self._split, self._config])
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         done = subprocess.run(
-            [sys.executable, "-m", "restem_lightning.procedural", wanted],
+            [sys.executable, "-m", "restem_lightning.problems.procedural", wanted],
             env=dict(os.environ, PYTHONHASHSEED="0", PYTHONPATH=paths),
             capture_output=True,
             text=True,

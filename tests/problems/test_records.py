@@ -11,13 +11,13 @@ from restem_lightning.problems import (
     MATH,
     JsonlProblems,
     Problem,
+    ReasoningGym,
     check_splits,
-    last_boxed,
     read_problems,
     without_questions_of,
     write_problems,
 )
-from restem_lightning.procedural import ReasoningGym
+from restem_lightning.problems.math import last_boxed
 
 
 def problem(problem_id="a", question="What is 1+1?", **values):

@@ -4,7 +4,6 @@ import gzip
 import json
 import logging
 import os
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -168,127 +167,6 @@ class JsonlProblems:
                 raise UserError(f"{self._path} has no split {self._split!r}; it has {known}")
             problems = [problem for problem in problems if problem.split == self._split]
         return take_slice(problems, 0, self._num, self._path)
-
-
-class GSM8K:
-    """Grade-school word problems with integer answers (arXiv 2110.14168)."""
-
-    def __init__(self, path: str, split: str, num: int | None = None, offset: int = 0) -> None:
-        """Reads GSM8K in its original format (`question`, `answer` ending in `#### number`).
-
-        Args:
-            path: a folder with train/test .jsonl or .jsonl.gz, one such file, or else the id of a
-                Hugging Face data set such as openai/gsm8k (needs the `datasets` library).
-            split: train or test.
-            num: how many problems to take; null takes all that are left.
-            offset: how many to pass over first, so that slices of one split can be disjoint.
-        """
-        self._path, self._split, self._num, self._offset = path, split, num, offset
-
-    def load(self) -> list[Problem]:
-        """Returns the problems in file order, with ids such as gsm8k/train/17 (row 17, from 0)."""
-        problems = []
-        for index, row in enumerate(rows_of(self._path, self._split, "main")):
-            where = f"{self._path} {self._split} row {index}"
-            question, answer = text_field(row, "question", where), text_field(row, "answer", where)
-            _, mark, number = answer.rpartition("####")
-            if not mark:
-                raise UserError(f"{where} has no '#### number' in its answer; is this GSM8K?")
-            problems.append(
-                Problem(
-                    problem_id=f"gsm8k/{self._split}/{index}",
-                    question=question,
-                    reference_answer=number.strip().replace(",", ""),
-                    reference_solution=answer,
-                    split=self._split,
-                    source="gsm8k",
-                )
-            )
-        return take_slice(problems, self._offset, self._num, self._path)
-
-
-class MATH:
-    """Competition problems with answers in LaTeX (arXiv 2103.03874)."""
-
-    def __init__(
-        self,
-        path: str,
-        split: str,
-        num: int | None = None,
-        offset: int = 0,
-        subject: str | None = None,
-        level: int | None = None,
-    ) -> None:
-        r"""Reads MATH in its original format; the answer is the last \boxed{...} of the solution.
-
-        Args:
-            path: a folder with train/test .jsonl or .jsonl.gz, one such file, or else the id of a
-                Hugging Face data set (needs the `datasets` library).
-            split: train or test.
-            num: how many problems to take, after the filters; null takes all that are left.
-            offset: how many to pass over first, after the filters.
-            subject: keep only this subject, e.g. Algebra; null keeps all.
-            level: keep only this difficulty, 1 to 5; null keeps all.
-        """
-        self._path, self._split, self._num, self._offset = path, split, num, offset
-        self._subject, self._level = subject, level
-
-    def load(self) -> list[Problem]:
-        """Returns the problems in file order, with ids such as math/train/17 (row 17, from 0).
-
-        Rows whose box is missing or empty have no answer: dropped, and counted in a warning.
-        """
-        problems, dropped = [], []
-        for index, row in enumerate(rows_of(self._path, self._split, None)):
-            problem = self._problem(index, row)
-            (problems if problem.reference_answer else dropped).append(problem)
-        if dropped:
-            names = ", ".join(problem.problem_id for problem in dropped[:5])
-            logger.warning(f"{self._path}: dropped {len(dropped)} without an answer: {names}")
-        problems = self._filter(problems, "subject", self._subject)
-        problems = self._filter(problems, "level", self._level)
-        return take_slice(problems, self._offset, self._num, self._path)
-
-    def _problem(self, index: int, row: dict[str, Any]) -> Problem:
-        where = f"{self._path} {self._split} row {index}"
-        solution = text_field(row, "solution", where)
-        level = re.search(r"\d+", str(row.get("level")))
-        subject, unique_id = row.get("subject", row.get("type")), row.get("unique_id")
-        return Problem(
-            problem_id=f"math/{self._split}/{index}",
-            question=text_field(row, "problem", where),
-            reference_answer=(last_boxed(solution) or "").strip(),
-            reference_solution=solution,
-            split=self._split,
-            source="math",
-            metadata={"subject": subject, "level": level and int(level[0]), "unique_id": unique_id},
-        )
-
-    def _filter(self, problems: list[Problem], name: str, wanted: Any) -> list[Problem]:
-        if wanted is None:
-            return problems
-        kept = [problem for problem in problems if problem.metadata[name] == wanted]
-        if not kept:
-            known = sorted({str(problem.metadata[name]) for problem in problems})
-            raise UserError(f"{self._path} has no {name} {wanted!r}; it has {', '.join(known)}")
-        return kept
-
-
-def last_boxed(text: str) -> str | None:
-    r"""Returns what the last \boxed or \fbox holds, None if there is none or it is not closed."""
-    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    if start < 0:
-        return None
-    rest = text[start:].removeprefix("\\boxed").removeprefix("\\fbox").lstrip()
-    if not rest.startswith("{"):
-        bare = re.match(r"[^\s$]+", rest)
-        return bare[0].rstrip(".,") if bare else None
-    depth = 0
-    for token in re.finditer(r"\\.|[{}]", rest, re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(token[0], 0)
-        if depth == 0:
-            return rest[1 : token.start()]
-    return None
 
 
 def open_file(path: Path, mode: str) -> IO[bytes]:

@@ -5,19 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from restem_lightning.code_problems import (
-    APPS,
-    MBPP,
-    MBPP_SPLITS,
-    HumanEval,
-    code_fields,
-    entry_point_of,
-)
 from restem_lightning.errors import UserError
-from restem_lightning.problems import check_splits
+from restem_lightning.problems import APPS, MBPP, HumanEval, check_splits
+from restem_lightning.problems.code import MBPP_SPLITS, code_fields, entry_point_of
 from restem_lightning.verifiers.programs import extract_program
 
-DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data sets at {DATA}")
 
 MBPP_ROW = {

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from restem_lightning.errors import UserError
-from restem_lightning.problems import Problem, rows_of, take_slice, text_field
+from restem_lightning.problems.records import Problem, rows_of, take_slice, text_field
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from restem_lightning.errors import UserError
-from restem_lightning.problems import Problem
+from restem_lightning.problems.records import Problem
 
 NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gia", "Hugo", "Ivy", "Jon", "Kim", "Leo")
 THINGS = ("apples", "beads", "books", "cards", "coins", "pens", "shells", "stamps", "stones")
