@@ -93,3 +93,16 @@ def test_without_a_task_a_set_of_generated_problems_is_refused():
 
     with pytest.raises(UserError, match=r"task \(null\).*set problems.task"):
         ReasoningGym(seed=1, num=1)
+
+
+def test_parallel_sizes_that_do_not_make_up_the_ranks_are_refused(tmp_path):
+    from restem_lightning.fit import check_settings
+    from restem_lightning.run_dir import RunDir
+
+    sizes = ["--trainer.strategy.init_args.tensor_parallel_size", 2]
+    words = ["--config", QUICKSTART, "--config", ROOT / "configs" / "multinode.yaml", *sizes]
+    cli = parse(*words, "--trainer.devices", 2)  # 2 nodes x 2 devices = 2 x 2
+    check_settings(cli.config, cli.build(1), RunDir(tmp_path), 1)
+    cli = parse(*words, "--trainer.devices", 1)
+    with pytest.raises(UserError, match=r"\(2\) times .* \(2\) must be .* \(2 = "):
+        check_settings(cli.config, cli.build(1), RunDir(tmp_path), 1)

@@ -47,6 +47,7 @@ def check_settings(config: Any, made: Any, run: RunDir, iteration: int) -> None:
     for name in OWN_TRAINER_SETTINGS:
         if value := config.trainer[name]:
             raise UserError(f"trainer.{name} ({value}) is set by the loop; remove it")
+    _check_parallel_sizes(config.trainer)
     n, most = made.sampling.n * len(made.draw.names()), made.selection.max_per_problem
     if most is not None and most > n and made.draw.num_problems != 0:
         raise UserError(
@@ -68,6 +69,20 @@ def check_settings(config: Any, made: Any, run: RunDir, iteration: int) -> None:
         )
     if taken := {"train", "validation"} & set(made.problems.held_out):
         raise UserError(f"problems.held_out must not name a set {taken.pop()}; rename it")
+
+
+def _check_parallel_sizes(trainer: Any) -> None:
+    """Checks that the sizes of ModelParallelStrategy make up the ranks, where all are given."""
+    sizes = getattr(trainer.strategy, "init_args", None) or {}
+    data, tensor = (sizes.get(f"{kind}_parallel_size") for kind in ("data", "tensor"))
+    if not (isinstance(data, int) and isinstance(tensor, int) and str(trainer.devices).isdigit()):
+        return
+    num_ranks = trainer.num_nodes * int(trainer.devices)
+    if data * tensor != num_ranks:
+        raise UserError(
+            f"data_parallel_size ({data}) times tensor_parallel_size ({tensor}) must be the number "
+            f"of ranks ({num_ranks} = trainer.num_nodes x trainer.devices); change one of them"
+        )
 
 
 def check_policies(config: Any, base: str) -> None:

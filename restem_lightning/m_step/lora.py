@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from restem_lightning.errors import UserError
-from restem_lightning.m_step.shards import local, local_rows
+from restem_lightning.m_step.shards import local, local_index
 
 _ADAPTER = "default"
 
@@ -79,7 +79,7 @@ def start_adapters(model: nn.Module, seed: int) -> None:
         if ".lora_A." in name:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
-        local(parameter).copy_(values[local_rows(parameter)])
+        local(parameter).copy_(values[local_index(parameter)])
 
 
 def merged(layer: nn.Module, base: Tensor, low: Tensor, high: Tensor) -> Tensor:

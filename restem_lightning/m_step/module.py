@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ParallelStrategy
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW
 from transformers import PreTrainedModel
@@ -19,6 +20,7 @@ from restem_lightning.m_step.loss import LossNorm, target_factors
 from restem_lightning.m_step.optimization import Schedule, clip_gradients, learning_rate_factor
 from restem_lightning.m_step.packing import StepBatch
 from restem_lightning.m_step.probe import check_packing
+from restem_lightning.m_step.tensor_parallel import average_copies, split_policy
 from restem_lightning.m_step.weights import empty_policy, load_policy, read_weights
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -112,17 +114,12 @@ class PolicyModule(LightningModule):
         """Loads the policy, sharded under ModelParallelStrategy; a second call does nothing.
 
         Raises:
-            UserError: if the policy folder is not whole, or tensor parallelism is asked for.
+            UserError: if the policy folder is not whole, or does not split as asked for.
         """
         if self.model is not None:
             return
         check_policy_folder(self.policy)
         dtype, mesh = _DTYPES[self.dtype_name], self.device_mesh
-        if mesh is not None and (size := mesh["tensor_parallel"].size()) > 1:
-            raise UserError(
-                f"tensor_parallel_size ({size}) must be 1; set data_parallel_size to the number of"
-                " devices"
-            )
         model = (
             load_policy(self.policy, dtype) if mesh is None else empty_policy(self.policy, dtype)
         )
@@ -133,6 +130,8 @@ class PolicyModule(LightningModule):
         if self.compile_layers:
             for layer in decoder_layers(model):  # inside of what FSDP does around a layer
                 layer.forward = torch.compile(layer.forward, dynamic=True)
+        if self._tensor_parallel is not None:
+            split_policy(model, self._tensor_parallel)
         if mesh is not None:
             half = str(self.trainer.precision) == "bf16-mixed"
             shard_policy(
@@ -194,7 +193,9 @@ class PolicyModule(LightningModule):
     def training_step(self, batch: StepBatch, batch_index: int) -> None:
         """One optimizer step: backward per micro-batch, clip, AdamW."""
         strategy, optimizer = self.trainer.strategy, self.optimizers()
-        num_ranks = strategy.world_size if isinstance(strategy, ParallelStrategy) else 1
+        num_ranks = 1  # with batches of their own
+        if isinstance(strategy, ParallelStrategy):
+            num_ranks = strategy.distributed_sampler_kwargs["num_replicas"]
         loss = torch.zeros((), device=self.device)
         for index, micro_batch in enumerate(batch.micro_batches):
             factors = target_factors(micro_batch, batch, self.loss_norm)
@@ -202,6 +203,8 @@ class PolicyModule(LightningModule):
                 part = self.model.weighted_loss(micro_batch, factors)
                 self.manual_backward(part * num_ranks)  # strategies average over ranks
             loss += part.detach()
+        if self._tensor_parallel is not None:
+            average_copies(list(self.parameters()), self._tensor_parallel)
         norm = clip_gradients(list(self.parameters()), self.gradient_clip_norm)
         if not torch.isfinite(norm):
             raise UserError(
@@ -218,7 +221,7 @@ class PolicyModule(LightningModule):
             group["lr"] = learning_rate
         optimizer.step()
         optimizer.zero_grad()
-        self.log("train_loss", strategy.reduce(loss, reduce_op="sum"), prog_bar=True)
+        self.log("train_loss", strategy.reduce(num_ranks * loss), prog_bar=True)
         self.log("gradient_norm", norm)
         self.log("learning_rate", learning_rate)
         self.log("num_tokens", float(batch.num_target_tokens))
@@ -228,6 +231,12 @@ class PolicyModule(LightningModule):
 
         Lightning runs that hook, and the stop rules after it, only if there is a validation loop.
         """
+
+    @property
+    def _tensor_parallel(self) -> DeviceMesh | None:
+        """This rank's tensor-parallel group, if there is one of several ranks."""
+        mesh = self.device_mesh and self.device_mesh["tensor_parallel"]
+        return mesh if mesh is not None and mesh.size() > 1 else None
 
     def _gradient_sync(self, is_last: bool) -> AbstractContextManager[None]:
         """Ranks sum up gradients at the last micro-batch; with resharding FSDP does at each."""

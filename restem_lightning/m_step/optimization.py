@@ -1,11 +1,16 @@
 """Clipping and learning rate of an optimizer step."""
 
+import functools
 import math
 from typing import Literal
 
+import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from restem_lightning.m_step.shards import whole
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -14,13 +19,18 @@ def clip_gradients(parameters: list[Tensor], max_norm: float | None) -> Tensor:
     """Scales gradients to a global L2 norm of at most max_norm; returns the norm before.
 
     The norm is over all ranks' shards: for DTensors torch may leave the sum pending, and
-    `full_tensor` completes it.
+    `full_tensor` completes it. It takes those of one mesh at a time.
     """
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    on_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
+    for each in parameters:
+        if each.grad is not None:
+            mesh = each.grad.device_mesh if isinstance(each.grad, DTensor) else None
+            on_mesh.setdefault(mesh, []).append(each)
+    norms = [whole(get_total_norm([p.grad for p in group])) for group in on_mesh.values()]
+    norm = functools.reduce(torch.hypot, norms)
     if max_norm is not None:
-        clip_grads_with_norm_(parameters, max_norm, norm)
+        for group in on_mesh.values():
+            clip_grads_with_norm_(group, max_norm, norm)
     return norm
 
 

@@ -1,4 +1,4 @@
-"""What a rank holds of a parameter that FSDP2 may have sharded."""
+"""What a rank holds of a parameter that FSDP2 and tensor parallelism may have cut."""
 
 import math
 
@@ -17,10 +17,20 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def local_rows(tensor: Tensor) -> slice:
-    """Returns the rows that this rank holds: FSDP2 cuts the first dimension as torch.chunk does."""
-    if not isinstance(tensor, DTensor):
-        return slice(0, len(tensor))
-    size = math.ceil(len(tensor) / tensor.device_mesh.size())
-    first = min(len(tensor), tensor.device_mesh.get_local_rank() * size)
-    return slice(first, min(len(tensor), first + size))
+def local_index(tensor: Tensor) -> tuple[slice, ...]:
+    """Returns where this rank's part is in the whole tensor.
+
+    The last dimension of the mesh (tensor parallelism) cuts first and FSDP2 cuts what that leaves,
+    each as torch.chunk does.
+    """
+    bounds = [(0, size) for size in tensor.shape]
+    if isinstance(tensor, DTensor):
+        mesh = tensor.device_mesh
+        for axis, placement in reversed(list(enumerate(tensor.placements))):
+            if placement.is_replicate():
+                continue
+            start, stop = bounds[placement.dim]
+            size = math.ceil((stop - start) / mesh.size(axis))
+            first = min(stop, start + mesh.get_local_rank(axis) * size)
+            bounds[placement.dim] = (first, min(stop, first + size))
+    return tuple(slice(*each) for each in bounds)

@@ -16,7 +16,7 @@ from restem_lightning.errors import UserError
 from restem_lightning.m_step.attention import ATTENTION_NAME, check_attention
 from restem_lightning.m_step.lora import is_adapter, merged
 from restem_lightning.m_step.loss import weighted_loss
-from restem_lightning.m_step.shards import local, local_rows, whole
+from restem_lightning.m_step.shards import local, local_index, whole
 
 
 def load_policy(policy: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -88,7 +88,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 @torch.no_grad()
 def read_weights(model: PreTrainedModel, policy: str, device: torch.device) -> None:
-    """Gives an empty policy its memory and weights; each rank reads the rows of its shards only.
+    """Gives an empty policy its memory and weights; each rank reads its shards only.
 
     Args:
         model: from `empty_policy`, sharded or not; adapters get memory only.
@@ -118,9 +118,8 @@ def read_weights(model: PreTrainedModel, policy: str, device: torch.device) -> N
                 f"policy ({policy}) has no weight {plain}: this family's weights have other names"
                 " on disk than in memory, which FSDP cannot load; use trainer.strategy=ddp"
             )
-        rows = local_rows(parameter)
-        if rows.start < rows.stop:  # safetensors has no empty slices
-            local(parameter).copy_(files[plain].get_slice(plain)[rows])
+        if local(parameter).numel():  # safetensors has no empty slices
+            local(parameter).copy_(files[plain].get_slice(plain)[local_index(parameter)])
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
 from restem_lightning.completions import CompletionStore
@@ -13,16 +14,17 @@ from restem_lightning.run_dir import RunDir, read_json
 from restem_lightning.settings import EMBEDDED_POLICY
 
 ROOT = Path(__file__).parents[2]
-FSDP = {
-    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
-    "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
-}
 
 
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2)], ids=["data", "tensor"])
 def test_two_ranks_accept_the_same_completions_and_train_the_same_policy(
-    finished, fit_words, tmp_path
+    finished, fit_words, tmp_path, sizes
 ):
-    changes = {"trainer.strategy": json.dumps(FSDP), "trainer.devices": 2}
+    strategy = {
+        "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+        "init_args": {"data_parallel_size": sizes[0], "tensor_parallel_size": sizes[1]},
+    }
+    changes = {"trainer.strategy": json.dumps(strategy), "trainer.devices": 2}
     words = fit_words(tmp_path / "run", **changes)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(

@@ -23,6 +23,7 @@ EOS = 1
 FAMILIES = {
     "llama": {},
     "qwen2": {},
+    "qwen3": {"head_dim": 8, "intermediate_size": 50},
     "mistral": {"sliding_window": 4},
     "gemma2": {"sliding_window": 4, "head_dim": 8, "final_logit_softcapping": 2.0},
     "gemma3_text": {"sliding_window": 4, "head_dim": 8, "final_logit_softcapping": 2.0},
@@ -42,7 +43,6 @@ def make_policy(tmp_path):
             family,
             hidden_size=32,
             num_hidden_layers=2,
-            intermediate_size=48,
             vocab_size=VOCAB,
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -52,7 +52,7 @@ def make_policy(tmp_path):
             bos_token_id=0,
             pad_token_id=0,
             initializer_range=0.2,
-            **FAMILIES[family],
+            **({"intermediate_size": 48} | FAMILIES[family]),
         )
         model = AutoModelForCausalLM.from_config(config)
         model.save_pretrained(tmp_path / name)

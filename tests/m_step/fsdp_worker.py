@@ -49,12 +49,12 @@ class Watch(pl.Callback):
         pl_module.log("val_reward", float(trainer.global_step == 4))
 
 
-def strategy(name):
+def strategy(name, tensor_parallel_size=1):
     if name == "ddp":
         return DDPStrategy()
     return ModelParallelStrategy(
-        data_parallel_size=NUM_RANKS,
-        tensor_parallel_size=1,
+        data_parallel_size=NUM_RANKS // tensor_parallel_size,
+        tensor_parallel_size=tensor_parallel_size,
         save_distributed_checkpoint=name == "fsdp",
     )
 
@@ -70,7 +70,7 @@ def run(case, die_at=None):
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=NUM_RANKS,
-        strategy=strategy(case["strategy"]),
+        strategy=strategy(case["strategy"], case.get("tensor_parallel_size", 1)),
         callbacks=[watch, *callbacks],
         logger=False,
         enable_progress_bar=False,
@@ -148,4 +148,4 @@ if __name__ == "__main__":
             with contextlib.suppress(InterruptedError):
                 run(each, each["die_at"])
         if not each.get("stays_dead"):
-            run(each)
+            run(each | each.get("then", {}))

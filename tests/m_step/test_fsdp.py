@@ -76,58 +76,80 @@ def train_alone(make_accepted, fit, tmp_path):
     return train
 
 
+def prepare(cases, policies, accepted, folder):
+    for name, case in cases.items():
+        case |= {"accepted": str(accepted), "data": DATA, "folder": str(folder / name)}
+        case |= {"module": MODULE | case.get("module", {}), "policy": str(policies[case["like"]])}
+        (folder / name).mkdir()
+
+
+def check_like_one(name, case, alone, folder):
+    """Compares a case with training as one process: losses, norms and both exports."""
+    losses, norms = alone[case["like"]]
+    result = json.loads((folder / name / "result.json").read_text())
+    assert result["steps"] == 6
+    seen, rtol = len(result["losses"]), case.get("rtol", 1e-5)  # fewer after a kill
+    assert seen == (2 if "die_at" in case else 6)
+    np.testing.assert_allclose(result["losses"], losses[-seen:], rtol, err_msg=name)
+    np.testing.assert_allclose(result["norms"], norms[-seen:], 5 * rtol, err_msg=name)
+    if "precision" in case:  # rounding moves small gradients of single weights by their size
+        return
+    for which in ("best", "final"):
+        one = parameters(folder / f"one_{case['like']}" / which)
+        many = parameters(folder / name / which)
+        assert many.keys() == one.keys()
+        for key, value in one.items():
+            torch.testing.assert_close(
+                many[key], value, rtol=10 * rtol, atol=rtol, msg=f"{name} {key}"
+            )
+
+
 def test_ranks_train_resume_and_export_like_one(make_policy, make_accepted, train_alone, tmp_path):
     accepted = make_accepted(size=22)  # the last optimizer step of an epoch is smaller
     policies = {"plain": make_policy(), "tied": make_policy(name="tied", tie=True)}
+    for family in ("qwen2", "qwen3", "gemma3_text"):  # biases; norms of heads; those and windows
+        policies[family] = make_policy(family, name=family, tie=family == "gemma3_text")
+    policies["lora"] = policies["qwen2"]
+    fsdp, one_file = ({"strategy": name} for name in ("fsdp", "fsdp_one_file"))
+    split, unsplit = {"tensor_parallel_size": 2}, {"tensor_parallel_size": 1}
     whole = {"reshard_after_forward": False}
-    cases = {
-        "fsdp": {"strategy": "fsdp", "like": "plain"},
-        "fsdp_one_file": {"strategy": "fsdp_one_file", "like": "tied"},
-        "fsdp_killed": {"strategy": "fsdp", "like": "plain", "die_at": 5},
-        "fsdp_whole": {"strategy": "fsdp", "like": "tied", "module": whole},
+    bf16 = {"precision": "bf16-mixed", "rtol": 0.03}
+    two = {
+        "fsdp": fsdp | {"like": "plain"},
+        "fsdp_one_file": one_file | {"like": "tied"},
+        "fsdp_killed": fsdp | {"like": "plain", "die_at": 5},
+        "fsdp_whole": fsdp | {"like": "tied", "module": whole},
         "ddp": {"strategy": "ddp", "like": "plain"},
-        "bf16": {"strategy": "fsdp", "like": "plain", "precision": "bf16-mixed", "rtol": 0.03},
-        "lora": {"strategy": "fsdp", "like": "lora", "module": {"lora": LORA}},
-        "grown": {"strategy": "fsdp", "like": "plain", "die_at": 5, "stays_dead": True},
-        "four": {"strategy": "fsdp", "like": "tied"},
+        "bf16": fsdp | bf16 | {"like": "plain"},
+        "fsdp_lora": fsdp | {"like": "lora", "module": {"lora": LORA}},
+        "split_tied": fsdp | split | {"like": "tied"},
+        "split_bf16": fsdp | split | bf16 | {"like": "plain"},
+        "split_lora": fsdp | split | {"like": "lora", "module": {"lora": LORA}},
+        "split_to_fsdp": fsdp | split | {"like": "plain", "die_at": 5, "then": unsplit},
+        "fsdp_to_split": fsdp | {"like": "plain", "die_at": 5, "then": split},
     }
-    for name, case in cases.items():
-        policy = policies["tied" if case["like"] == "tied" else "plain"]
-        case |= {"accepted": str(accepted), "data": DATA, "folder": str(tmp_path / name)}
-        case |= {"module": MODULE | case.get("module", {}), "policy": str(policy)}
-        (tmp_path / name).mkdir()
-    four = {"four": cases["four"]}
-    run_ranks(2, {name: case for name, case in cases.items() if name not in four})
-    run_ranks(4, four | {"grown": cases["grown"] | {"stays_dead": False, "die_at": None}})
+    four = {
+        "four": fsdp | {"like": "tied"},
+        "four_split": one_file | split | {"like": "qwen2"},
+        "four_split_whole": fsdp | split | {"like": "gemma3_text", "module": whole},
+    }
+    two_to_four = {
+        "grown": fsdp | {"like": "plain", "die_at": 5},
+        "grown_split": fsdp | split | {"like": "qwen3", "die_at": 5},
+    }
+    cases = two | four | two_to_four
+    prepare(cases, policies, accepted, tmp_path)
+    dies, goes_on = {"stays_dead": True}, {"die_at": None}
+    run_ranks(2, two | {name: case | dies for name, case in two_to_four.items()})
+    run_ranks(4, four | {name: case | goes_on for name, case in two_to_four.items()})
 
+    extra = {"lora": {"lora": LoraParams(**LORA)}}
     alone = {
-        like: train_alone(f"one_{like}", policies[policy], accepted, MODULE | extra)
-        for like, policy, extra in (
-            ("plain", "plain", {}),
-            ("tied", "tied", {}),
-            ("lora", "plain", {"lora": LoraParams(**LORA)}),
-        )
+        like: train_alone(f"one_{like}", policy, accepted, MODULE | extra.get(like, {}))
+        for like, policy in policies.items()
     }
     for name, case in cases.items():
-        losses, norms = alone[case["like"]]
-        result = json.loads((tmp_path / name / "result.json").read_text())
-        assert result["steps"] == 6
-        seen, rtol = len(result["losses"]), case.get("rtol", 1e-5)  # fewer after a kill
-        assert seen == (2 if "die_at" in case else 6)
-        np.testing.assert_allclose(result["losses"], losses[-seen:], rtol, err_msg=name)
-        np.testing.assert_allclose(result["norms"], norms[-seen:], 5 * rtol, err_msg=name)
-        if (
-            name == "bf16"
-        ):  # rounding moves small gradients of single weights by as much as they are
-            continue
-        for which in ("best", "final"):
-            one = parameters(tmp_path / f"one_{case['like']}" / which)
-            many = parameters(tmp_path / name / which)
-            assert many.keys() == one.keys()
-            for key, value in one.items():
-                torch.testing.assert_close(
-                    many[key], value, rtol=10 * rtol, atol=rtol, msg=f"{name} {key}"
-                )
+        check_like_one(name, case, alone, tmp_path)
     assert not list((tmp_path / "fsdp_one_file" / "m_step").glob("*/*"))
     assert policy_hash(tmp_path / "fsdp" / "best") != policy_hash(tmp_path / "fsdp" / "final")
     for which in ("best", "final"):
