@@ -147,9 +147,9 @@ class Tracker:
                 self._put(f"iteration/{iteration}", axes | _iteration_row(read_json(paths.metrics)))
             if paths.manifest.exists():
                 self._put(f"policy/{iteration}", {})
-            if (learned := paths.path / "verifier.json").exists():
-                values = _named("iteration", {"evaluation": read_json(learned)["evaluation"]})
-                self._put(f"verifier/{iteration}", axes | values)
+            if paths.verifier_json.exists():
+                values = {"evaluation": read_json(paths.verifier_json)["evaluation"]}
+                self._put(f"verifier/{iteration}", axes | _named("iteration", values))
 
     def axes(self, iteration: int, m_step: int | None = None) -> dict[str, float]:
         """Returns where a row stands: in the loop, in completions drawn, in optimizer steps.
