@@ -130,7 +130,7 @@ def test_best_of_k_by_a_learned_verifier_is_on_both_axes(tmp_path):
         pass
     row = history(files_of(run)[0])[-1]
     assert row["iteration/evaluation/held_out/best@2/value"] == row["budget/held_out/best@2"] == 0.5
-    assert (row["iteration"], row["samples_seen"]) == (1, 8)
+    assert row["iteration"] == 1
 
 
 def test_each_iteration_has_a_table_of_completions_of_its_own(tracked):
