@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
@@ -86,8 +85,7 @@ class PreferenceModule(LightningModule):
         self.learning_rate, self.tokens_per_batch = learning_rate, tokens_per_batch
         self.gradient_clip_norm = gradient_clip_norm
         self.model: PreTrainedModel | None = None
-        # A buffer, so that a checkpoint holds it: a resumed verifier is no longer its reference.
-        self.register_buffer("reference", torch.zeros(len(data.sequences)))
+        self.reference: Tensor | None = None  # float32 [S]; no buffer, which precision may round
 
     def configure_model(self) -> None:
         """Loads the weights, and shards them under ModelParallelStrategy."""
@@ -102,16 +100,19 @@ class PreferenceModule(LightningModule):
         return AdamW(self.parameters(), lr=self.learning_rate, weight_decay=0.0)
 
     def on_train_start(self) -> None:
-        """Scores every sequence by the reference, as long as the model is it."""
-        if self.global_step == 0:
-            self.reference.copy_(
-                all_logprobs(
-                    self.model,
-                    self.data.sequences,
-                    self.device,
-                    tokens_per_batch=self.tokens_per_batch,
-                )
+        """Scores every sequence by the reference, which the model of a new training still is."""
+        if self.reference is None:
+            self.reference = all_logprobs(
+                self.model, self.data.sequences, self.device, tokens_per_batch=self.tokens_per_batch
             )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the scores: a resumed model is no longer the reference."""
+        checkpoint["reference"] = self.reference
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the scores."""
+        self.reference = checkpoint["reference"]
 
     def training_step(self, batch: list[tuple[int, int]], batch_index: int) -> Tensor:
         """One optimizer step on a batch of pairs, of which each rank takes its share."""
@@ -122,7 +123,7 @@ class PreferenceModule(LightningModule):
         numbers = [number for pair in zip(*pairs, strict=True) for number in pair]
         sequences = [self.data.sequences[number] for number in numbers]
         ratios = sequence_logprobs(self.model, sequences, self.device)
-        ratios = ratios - self.reference[numbers]
+        ratios = ratios - self.reference[numbers].to(self.device)
         correct, incorrect = ratios.chunk(2)
         margins = correct - incorrect
         loss = factor * preference_loss(margins, self.beta)
