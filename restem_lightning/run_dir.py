@@ -36,6 +36,9 @@ class IterationDir:
         self.m_step = self.path / "m_step"
         self.policy = self.path / "policy"
         self.optimizer = self.path / "optimizer.pt"
+        self.verifier = self.path / "verifier"
+        self.verifier_training = self.path / "verifier_training"
+        self.verifier_json = self.path / "verifier.json"
         self.metrics = self.path / "metrics.json"
         self.manifest = self.path / "manifest.json"
 

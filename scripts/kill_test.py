@@ -178,7 +178,7 @@ def stage_of(run: RunDir) -> str:
     if not run.iteration(0).metrics.exists():
         return "evaluation of the base"
     iteration = run.resume_iteration()
-    paths = run.iteration(iteration)
+    paths, before = run.iteration(iteration), run.iteration(iteration - 1)
     if paths.metrics.exists():
         stage = "end"
     elif paths.policy.exists():
@@ -187,6 +187,8 @@ def stage_of(run: RunDir) -> str:
         stage = "M-step" if any(paths.m_step.glob("last-*.ckpt")) else "start of M-step"
     elif paths.completions.exists():
         stage = "E-step"
+    elif before.verifier_training.exists() and not before.verifier_json.exists():
+        return f"verifier of iteration {iteration - 1}"
     else:
         return f"after iteration {iteration - 1}"
     return f"{stage} of iteration {iteration}"
@@ -214,8 +216,9 @@ def _summary(run: RunDir) -> dict[str, Any]:
         summary[f"metrics of {iteration}"] = json.dumps(metrics)
         if iteration:
             summary[f"accepted dataset of {iteration}"] = sha256_of(paths.accepted)
-            weights = sorted(paths.policy.glob("*.safetensors"))
-            summary[f"policy of {iteration}"] = [sha256_of(path) for path in weights]
+            for name, folder in (("policy", paths.policy), ("verifier", paths.verifier)):
+                weights = sorted(folder.glob("*.safetensors"))
+                summary[f"{name} of {iteration}"] = [sha256_of(path) for path in weights]
     return summary
 
 

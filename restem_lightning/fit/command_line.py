@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.plugins import TorchCheckpointIO
 
 from restem_lightning.loop.balance import BalanceParams
 from restem_lightning.loop.draw import DrawParams
@@ -14,6 +15,7 @@ from restem_lightning.loop.evaluate import EvaluationParams, ValidationParams
 from restem_lightning.loop.learned import PreferenceParams
 from restem_lightning.loop.mixing import MixParams
 from restem_lightning.loop.tracking import TrackingParams
+from restem_lightning.m_step.checkpoint_io import AtomicCheckpointIO
 from restem_lightning.m_step.datamodule import AcceptedDataModule
 from restem_lightning.m_step.module import PolicyModule
 from restem_lightning.per_iteration import value_at, values_by_setting
@@ -180,7 +182,10 @@ class ReSTEMCLI(LightningCLI):
         """Returns a new Trainer with the loop's callbacks behind the configured ones."""
         self.config_init = made
         callbacks = [*(made.trainer.callbacks or []), *changes.pop("callbacks")]
-        return self.instantiate_trainer(callbacks=callbacks, **changes)
+        trainer = self.instantiate_trainer(callbacks=callbacks, **changes)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # no plugin of the user's
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        return trainer
 
 
 def make_cli(

@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -21,6 +22,7 @@ from restem_lightning.loop.learned import learn_verifier, wants_verifier
 from restem_lightning.loop.ranks import is_of_lost_rank, leave_together
 from restem_lightning.loop.shared import Loop
 from restem_lightning.loop.stop_request import STOPPED_STATUS, Stopped, StopRequest
+from restem_lightning.loop.stoppable import StoppableTraining
 from restem_lightning.loop.tracking import Tracker
 from restem_lightning.m_step.checkpoints import write_error
 from restem_lightning.m_step.stopping import resume_checkpoint, stop_callbacks
@@ -125,6 +127,13 @@ def _saved(run: RunDir) -> str:
         saved.append(f"the E-step of iteration {iteration}")
     elif parts:
         saved.append(f"{parts} parts of the E-step of iteration {iteration}")
+    elif iteration > 1:
+        before = run.iteration(iteration - 1)
+        checkpoint = resume_checkpoint(before.verifier_training)
+        if before.verifier.exists():
+            saved.append(f"the verifier of iteration {iteration - 1}")
+        elif checkpoint is not None:
+            saved.append(f"the verifier of iteration {iteration - 1} up to {checkpoint.name}")
     return f"{run.path} keeps {' and '.join(saved)}"
 
 
@@ -198,7 +207,7 @@ def _fit_iteration(cli: ReSTEMCLI, loop: Loop, iteration: int) -> None:
     )
     trainer = cli.make_trainer(
         made,
-        callbacks=[callback, *stop],
+        callbacks=[StoppableTraining(loop.stop, paths.m_step), callback, *stop],
         logger=loop.tracker.m_step_loggers(iteration),
         default_root_dir=str(paths.m_step),
     )
@@ -218,5 +227,5 @@ def _learn_verifier(cli: ReSTEMCLI, loop: Loop, iteration: int) -> None:
         iteration,
         params,
         start=resolve_policy(start),
-        make_trainer=lambda **changes: cli.make_trainer(made, callbacks=[], **changes),
+        make_trainer=partial(cli.make_trainer, made),
     )

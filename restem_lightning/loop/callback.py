@@ -1,9 +1,7 @@
 """ReSTEMCallback: E-step before the weights are built, D_val in the M-step, export, metrics."""
 
-import shutil
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +17,9 @@ from restem_lightning.loop.progress import Stopwatch
 from restem_lightning.loop.ranks import barrier, is_rank_zero, rank_and_count
 from restem_lightning.loop.shared import Loop
 from restem_lightning.loop.stage import Policy, load_policy
-from restem_lightning.loop.stop_request import Stopped
+from restem_lightning.loop.stoppable import stop_if_asked
 from restem_lightning.loop.weights import hand_over, release_memory
+from restem_lightning.m_step.checkpoints import remove_checkpoints
 from restem_lightning.m_step.export import export_policy, load_best
 from restem_lightning.m_step.optimizer_state import load_optimizer, save_optimizer
 from restem_lightning.run_dir import IterationDir, read_json, write_json
@@ -51,13 +50,12 @@ class ReSTEMCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The E-step: here ranks are connected and no training weights are in memory yet."""
-        self._stop_if_asked(trainer)
         if self.iteration == 1 and not self.loop.run.iteration(0).metrics.exists():
             self._measure(0, load_policy(self.loop.base, self.loop.engine))
             release_memory()
         if not self.paths.funnel.exists():
             self.e_step.run(self._stopwatch("e_step").lap)
-            self._stop_if_asked(trainer)
+            stop_if_asked(trainer, self.loop.stop)
         self._check_parity()
         funnel = read_json(self.paths.funnel)
         if funnel["trained_on"] == 0:
@@ -67,26 +65,11 @@ class ReSTEMCallback(Callback):
         self.watch = self._stopwatch("m_step")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes signals back from Lightning, and goes on with the optimizer's state if wanted."""
-        self.loop.stop.install()  # Lightning has wrapped our handlers by now
+        """Goes on with the optimizer's state if wanted."""
         before = self.loop.run.iteration(self.iteration - 1).optimizer
         # A resumed M-step has its own state already.
         if self.loop.carry_optimizer and before.exists() and trainer.global_step == 0:
             load_optimizer(pl_module.model, trainer.optimizers[0], before)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Saves and stops behind an optimizer step if that was asked for.
-
-        Not where a look at D_val or the end of the epoch is due: a checkpoint from before it
-        would make the resumed run leave it out. It writes one itself.
-        """
-        if is_amid_epoch(trainer, batch_idx) and self._is_agreed(trainer):
-            self.watch.lap()
-            name = f"last-{trainer.global_step}.ckpt"  # what `resume_checkpoint` looks for
-            trainer.save_checkpoint(self.paths.m_step / name)
-            raise Stopped
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the reward on D_val with the current weights, for the stop rule."""
@@ -94,7 +77,6 @@ class ReSTEMCallback(Callback):
             reward = self._validation_reward(pl_module)
             self.val_rewards.append((trainer.global_step, reward))
             pl_module.log("val_reward", reward, prog_bar=True)
-        self.watch.lap()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports the best weights as this iteration's policy."""
@@ -102,7 +84,7 @@ class ReSTEMCallback(Callback):
         release_memory()
         self._export(trainer, pl_module)
         self.watch.lap()
-        self._stop_if_asked(trainer)
+        stop_if_asked(trainer, self.loop.stop)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Measures the new policy and finishes the iteration."""
@@ -113,6 +95,12 @@ class ReSTEMCallback(Callback):
         self._measure(self.iteration, load_policy(str(self.paths.policy), self.loop.engine))
         release_memory()
 
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Writes down the seconds that it took to come here."""
+        self.watch.lap()
+
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed M-step must still know."""
         return {"val_rewards": self.val_rewards}
@@ -120,29 +108,6 @@ class ReSTEMCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores `state_dict`."""
         self.val_rewards = list(state_dict["val_rewards"])
-
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Lets a run folder be moved: Lightning forgets the best weights of another folder."""
-        here = self.paths.m_step.resolve()
-        for state in checkpoint["callbacks"].values():
-            if Path(state.get("dirpath", "")).parts[-2:] == here.parts[-2:]:
-                for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
-                    state[key] = _moved(state[key], here)
-                scores = state["best_k_models"].items()
-                state["best_k_models"] = {_moved(path, here): score for path, score in scores}
-                state["dirpath"] = str(here)
-
-    def _is_agreed(self, trainer: Trainer) -> bool:
-        """Returns on every rank whether one of them wants to stop; every rank must call it."""
-        is_here = self.loop.stop.is_here()
-        return trainer.strategy.reduce_boolean_decision(is_here, all=False)
-
-    def _stop_if_asked(self, trainer: Trainer) -> None:
-        """Stops all ranks if one of them wants to."""
-        if self._is_agreed(trainer):
-            raise Stopped
 
     def _check_parity(self) -> None:
         """Lets the trainer's forward pass score a slice of the pool, once; the sampler is gone."""
@@ -269,21 +234,12 @@ class ReSTEMCallback(Callback):
                     "policy_hash": policy.hash,
                 },
             )
-            _remove_checkpoints(paths.m_step)
+            remove_checkpoints(paths.m_step)
             loop.run.iteration(iteration - 1).optimizer.unlink(missing_ok=True)
         loop.tracker.catch_up()
 
     def _stopwatch(self, stage: str) -> Stopwatch:
         return Stopwatch(self.paths.path / "seconds.json", stage)
-
-
-def is_amid_epoch(trainer: Trainer, batch_idx: int) -> bool:
-    """Returns whether neither a look at D_val nor the end of the epoch follows a batch."""
-    if trainer.val_check_batch is None:  # looks by the clock: any may be the next
-        return False
-    num_done = batch_idx + 1 if trainer.check_val_every_n_epoch else trainer.global_step
-    is_look_due = num_done % trainer.val_check_batch == 0
-    return not is_look_due and batch_idx + 1 < trainer.num_training_batches
 
 
 def check_interval(trainer: Trainer, num_steps: int) -> None:
@@ -299,17 +255,3 @@ def check_interval(trainer: Trainer, num_steps: int) -> None:
             "of an epoch; lower it, give a share such as 0.5, or set "
             "trainer.check_val_every_n_epoch to null to count across epochs"
         )
-
-
-def _moved(path: str, folder: Path) -> str:
-    """Returns where a file is now that its folder is this one; an empty path stays empty."""
-    return path and str(folder / Path(path).name)
-
-
-def _remove_checkpoints(folder: Path) -> None:
-    """Deletes what only a resumed M-step needs: it is several times the size of the policy."""
-    for path in folder.glob("*.ckpt"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()

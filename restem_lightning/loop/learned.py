@@ -16,9 +16,12 @@ from restem_lightning.loop.mixing import human_solutions
 from restem_lightning.loop.ranks import barrier, is_rank_zero
 from restem_lightning.loop.shared import Loop
 from restem_lightning.loop.stage import eos_ids
+from restem_lightning.loop.stoppable import StoppableTraining, stop_if_asked
 from restem_lightning.loop.weights import release_memory
+from restem_lightning.m_step.checkpoints import remove_checkpoints
 from restem_lightning.m_step.export import export_policy
 from restem_lightning.m_step.preference import PreferenceModule, pair_loader, pair_set
+from restem_lightning.m_step.stopping import resume_checkpoint, stop_callbacks
 from restem_lightning.metrics import best_of_k, bootstrap
 from restem_lightning.problems import Problem
 from restem_lightning.run_dir import IterationDir, RunDir, read_json, write_json
@@ -45,7 +48,7 @@ class PreferenceParams:
         score: likelihood ranks by log V(completion | prompt) as arXiv 2402.06457 does; ratio by
             DPO's implicit reward.
         learning_rate: of AdamW, constant.
-        batch_size: pairs of an optimizer step on each rank.
+        batch_size: pairs of an optimizer step, over all ranks.
         max_epochs: passes over the pairs.
         tokens_per_batch: most tokens that are scored at once; changes no result.
     """
@@ -84,7 +87,7 @@ def wants_verifier(params: PreferenceParams, run: RunDir, iteration: int, *, is_
     has_pools = any(
         run.iteration(number).completions.exists() for number in range(1, iteration + 1)
     )
-    return wanted and has_pools and not _record(run.iteration(iteration)).exists()
+    return wanted and has_pools and not run.iteration(iteration).verifier_json.exists()
 
 
 def learn_verifier(
@@ -97,7 +100,8 @@ def learn_verifier(
 ) -> None:
     """Trains an iteration's verifier and measures best-of-k by it; every rank must call it.
 
-    A kill before its end costs this verifier's training; the iteration itself is finished.
+    The training is stopped, saved and gone on with as an M-step is, its checkpoints are written
+    where an M-step would look at D_val.
 
     Args:
         loop: what all iterations share.
@@ -108,6 +112,7 @@ def learn_verifier(
 
     Raises:
         UserError: there is no pair to learn from.
+        Stopped: that was asked for.
     """
     paths = loop.run.iteration(iteration)
     pairs = _pairs(loop, iteration, params)
@@ -116,32 +121,11 @@ def learn_verifier(
             "preference: no problem has both a correct and an incorrect completion; draw more per "
             "problem (sampling.n), or set preference.learn to never"
         )
-    folder = paths.path / "verifier"
-    if not folder.exists():
-        data = pair_set(pairs)
-        module = PreferenceModule(
-            start,
-            data,
-            beta=params.beta,
-            learning_rate=params.learning_rate,
-            tokens_per_batch=params.tokens_per_batch,
-        )
-        trainer = make_trainer(
-            logger=CSVLogger(paths.path, name="verifier_log"),
-            default_root_dir=str(paths.path),
-            max_epochs=params.max_epochs,
-            max_steps=-1,
-            limit_val_batches=0,
-            val_check_interval=None,
-            enable_checkpointing=False,
-        )
-        loader = pair_loader(data, batch_size=params.batch_size, seed=loop.seed)
-        trainer.fit(module, loader)
-        export_policy(module, folder, source_policy=start)
-        module.model = None
-        release_memory()
+    if not paths.verifier.exists():
+        _train(loop, paths, params, pairs, start=start, make_trainer=make_trainer)
     if is_rank_zero():
-        _measure(loop, paths, params, folder=folder, start=start, num_pairs=len(pairs))
+        remove_checkpoints(paths.verifier_training)
+        _measure(loop, paths, params, start=start, num_pairs=len(pairs))
     barrier()
 
 
@@ -160,10 +144,6 @@ def score_evaluation(
         problem_id: [(correct, score) for _, correct, score in sorted(rows)]
         for problem_id, rows in scored.items()
     }
-
-
-def _record(paths: IterationDir) -> Path:
-    return paths.path / "verifier.json"
 
 
 def _pairs(loop: Loop, iteration: int, params: PreferenceParams) -> list[Pair]:
@@ -187,18 +167,54 @@ def _pairs(loop: Loop, iteration: int, params: PreferenceParams) -> list[Pair]:
     )
 
 
+def _train(
+    loop: Loop,
+    paths: IterationDir,
+    params: PreferenceParams,
+    pairs: list[Pair],
+    *,
+    start: str,
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    """Trains the verifier of an iteration and exports it."""
+    data, folder = pair_set(pairs), paths.verifier_training
+    module = PreferenceModule(
+        start,
+        data,
+        beta=params.beta,
+        learning_rate=params.learning_rate,
+        tokens_per_batch=params.tokens_per_batch,
+    )
+    loader = pair_loader(data, batch_size=params.batch_size, seed=loop.seed)
+    trainer = make_trainer(
+        callbacks=[StoppableTraining(loop.stop, folder), *stop_callbacks("none", folder=folder)],
+        logger=CSVLogger(folder, name="log"),
+        default_root_dir=str(folder),
+        max_epochs=params.max_epochs,
+        max_steps=-1,
+        limit_val_batches=1,
+    )
+    if isinstance(trainer.val_check_interval, int):  # an M-step may have more optimizer steps
+        trainer.val_check_interval = min(trainer.val_check_interval, len(loader))
+    loop.stop.is_patient = True  # ranks are connected now: only together can they stop
+    trainer.fit(module, loader, range(1), ckpt_path=resume_checkpoint(folder))
+    export_policy(module, paths.verifier, source_policy=start)
+    module.model = None
+    release_memory()
+    stop_if_asked(trainer, loop.stop)
+
+
 def _measure(
     loop: Loop,
     paths: IterationDir,
     params: PreferenceParams,
     *,
-    folder: Path,
     start: str,
     num_pairs: int,
 ) -> None:
     """Writes best@k of every evaluation set to metrics.json, then verifier.json."""
     scorer = LikelihoodScorer(
-        str(folder),
+        str(paths.verifier),
         reference=start if params.score == "ratio" else None,
         beta=params.beta if params.score == "ratio" else 1.0,
         tokens_per_batch=params.tokens_per_batch,
@@ -221,5 +237,6 @@ def _measure(
         shown = ", ".join(f"{key} {100 * one['value']:.1f} %" for key, one in best[name].items())
         print(f"verifier of iteration {metrics['iteration']}: {name} {shown}")
     write_json(paths.metrics, metrics)
-    write_json(_record(paths), {"num_pairs": num_pairs, "evaluation": best, "started_from": start})
+    record = {"num_pairs": num_pairs, "evaluation": best, "started_from": start}
+    write_json(paths.verifier_json, record)
     loop.tracker.catch_up()

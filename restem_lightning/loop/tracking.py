@@ -147,9 +147,9 @@ class Tracker:
                 self._put(f"iteration/{iteration}", axes | _iteration_row(read_json(paths.metrics)))
             if paths.manifest.exists():
                 self._put(f"policy/{iteration}", {})
-            if (learned := paths.path / "verifier.json").exists():
-                values = _named("iteration", {"evaluation": read_json(learned)["evaluation"]})
-                self._put(f"verifier/{iteration}", axes | values)
+            if paths.verifier_json.exists():
+                rates = {"evaluation": read_json(paths.verifier_json)["evaluation"]}
+                self._put(f"verifier/{iteration}", axes | _iteration_row(rates))
 
     def axes(self, iteration: int, m_step: int | None = None) -> dict[str, float]:
         """Returns where a row stands: in the loop, in completions drawn, in optimizer steps.
@@ -353,7 +353,7 @@ def _add_files(artifact: Any, files: list[Path], folder: Path) -> None:
 
 
 def _iteration_row(metrics: dict[str, Any]) -> dict[str, float]:
-    """Returns metrics.json under iteration/, and its rates under budget/ for the other axis."""
+    """Returns metrics under iteration/, and their rates under budget/ for the other axis."""
     rates = {
         f"{name}/{key}": one["value"]
         for name, values in metrics["evaluation"].items()

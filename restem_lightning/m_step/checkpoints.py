@@ -1,6 +1,7 @@
-"""Checkpoints on disk: whether one is whole, and what a failed write of one raises."""
+"""Checkpoints on disk: whether one is whole, what a failed write raises, their removal."""
 
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -40,3 +41,12 @@ def write_error(error: BaseException) -> str | None:
         if (is_of_folder and isinstance(cause, OSError)) or is_of_writer:
             return str(cause).splitlines()[0]
     return None
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Deletes what only a resumed training needs: it is several times the size of the policy."""
+    for path in folder.glob("*.ckpt"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -1,7 +1,6 @@
 """The accepted dataset as a Lightning datamodule: one batch is one optimizer step."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,8 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from restem_lightning.errors import UserError
-from restem_lightning.m_step.packing import StepBatch, TrainingSequence, epoch_order, pack_step
+from restem_lightning.m_step.packing import StepBatch, TrainingSequence, pack_step
+from restem_lightning.m_step.step_loader import StepLoader
 
 _COLUMNS = ["prompt_ids", "completion_ids", "weight"]
 
@@ -67,68 +67,6 @@ def _token_lists(column: pa.ChunkedArray) -> list[np.ndarray]:
     return lists
 
 
-class StepLoader:
-    """Yields one `StepBatch` per optimizer step; resumable at any of them.
-
-    The place is (epoch, next_step), counted here: Lightning saves and restores it through
-    `state_dict` and `load_state_dict`, so a resumed M-step goes on with exactly the next batch.
-    """
-
-    def __init__(
-        self,
-        sequences: list[TrainingSequence],
-        *,
-        batch_size: int,
-        tokens_per_micro_batch: int,
-        shared_prompts: bool,
-        seed: int,
-        rank: int,
-        num_ranks: int,
-    ) -> None:
-        """Holds the sequences; the arguments are those of `AcceptedDataModule`."""
-        self.sequences = sequences
-        self.batch_size = batch_size
-        self.tokens_per_micro_batch = tokens_per_micro_batch
-        self.shared_prompts = shared_prompts
-        self.seed = seed
-        self.rank = rank
-        self.num_ranks = num_ranks
-        self.epoch = 0
-        self.next_step = 0
-
-    def __len__(self) -> int:
-        """Optimizer steps of an epoch."""
-        return math.ceil(len(self.sequences) / self.batch_size)
-
-    def __iter__(self) -> Iterator[StepBatch]:
-        """Yields as many batches as an epoch has, from the current place on.
-
-        Lightning takes what its own epoch still needs (less, after a resume or under
-        `limit_train_batches`) and never asks for the end, so the place moves with each batch.
-        """
-        for _ in range(len(self)):
-            if self.next_step == len(self):
-                self.epoch, self.next_step = self.epoch + 1, 0
-            at = self.next_step * self.batch_size
-            order = epoch_order(len(self.sequences), self.seed, self.epoch)
-            self.next_step += 1
-            yield pack_step(
-                [self.sequences[index] for index in order[at : at + self.batch_size]],
-                tokens_per_micro_batch=self.tokens_per_micro_batch,
-                shared_prompts=self.shared_prompts,
-                rank=self.rank,
-                num_ranks=self.num_ranks,
-            )
-
-    def state_dict(self) -> dict[str, int]:
-        """The place of the next batch."""
-        return {"epoch": self.epoch, "next_step": self.next_step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes to a place that `state_dict` gave."""
-        self.epoch, self.next_step = state["epoch"], state["next_step"]
-
-
 class AcceptedDataModule(LightningDataModule):
     """The accepted dataset, shuffled, packed and shared out to the ranks."""
 
@@ -177,7 +115,7 @@ class AcceptedDataModule(LightningDataModule):
         self.shared_prompt_packing = shared_prompt_packing
         self.seed = seed
 
-    def train_dataloader(self) -> StepLoader:
+    def train_dataloader(self) -> StepLoader[StepBatch]:
         """Reads the accepted dataset (only now: the E-step ends after `setup`).
 
         Raises:
@@ -204,15 +142,17 @@ class AcceptedDataModule(LightningDataModule):
         ranks = {"rank": 0, "num_replicas": 1}
         if isinstance(strategy, ParallelStrategy):
             ranks = strategy.distributed_sampler_kwargs
-        return StepLoader(
-            kept,
-            batch_size=self.batch_size,
-            tokens_per_micro_batch=self.tokens_per_micro_batch,
-            shared_prompts=self.shared_prompt_packing,
-            seed=self.seed,
-            rank=ranks["rank"],
-            num_ranks=ranks["num_replicas"],
-        )
+
+        def pack(numbers: np.ndarray) -> StepBatch:
+            return pack_step(
+                [kept[number] for number in numbers],
+                tokens_per_micro_batch=self.tokens_per_micro_batch,
+                shared_prompts=self.shared_prompt_packing,
+                rank=ranks["rank"],
+                num_ranks=ranks["num_replicas"],
+            )
+
+        return StepLoader(len(kept), pack, batch_size=self.batch_size, seed=self.seed)
 
     def val_dataloader(self) -> range:
         """One empty batch: validation is a hook for measuring reward by sampling, not a loss."""

@@ -4,21 +4,20 @@ Shape legend: P pairs of a batch, S distinct sequences.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import AdamW
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from restem_lightning.m_step.fsdp import shard_policy
 from restem_lightning.m_step.likelihood import all_logprobs, sequence_logprobs
 from restem_lightning.m_step.optimization import clip_gradients
 from restem_lightning.m_step.packing import TrainingSequence
+from restem_lightning.m_step.step_loader import StepLoader
 from restem_lightning.m_step.weights import load_policy
 
 
@@ -86,6 +85,7 @@ class PreferenceModule(LightningModule):
         self.learning_rate, self.tokens_per_batch = learning_rate, tokens_per_batch
         self.gradient_clip_norm = gradient_clip_norm
         self.model: PreTrainedModel | None = None
+        self.reference: Tensor | None = None  # float32 [S]; no buffer, which precision may round
 
     def configure_model(self) -> None:
         """Loads the weights, and shards them under ModelParallelStrategy."""
@@ -100,36 +100,50 @@ class PreferenceModule(LightningModule):
         return AdamW(self.parameters(), lr=self.learning_rate, weight_decay=0.0)
 
     def on_train_start(self) -> None:
-        """Scores every sequence by the reference, which the model still is."""
-        self.reference = all_logprobs(
-            self.model, self.data.sequences, self.device, tokens_per_batch=self.tokens_per_batch
-        )
+        """Scores every sequence by the reference, which the model of a new training still is."""
+        if self.reference is None:
+            self.reference = all_logprobs(
+                self.model, self.data.sequences, self.device, tokens_per_batch=self.tokens_per_batch
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the scores: a resumed model is no longer the reference."""
+        checkpoint["reference"] = self.reference
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the scores."""
+        self.reference = checkpoint["reference"]
 
     def training_step(self, batch: list[tuple[int, int]], batch_index: int) -> Tensor:
-        """One optimizer step on a batch of pairs."""
-        numbers = [number for pair in zip(*batch, strict=True) for number in pair]
+        """One optimizer step on a batch of pairs, of which each rank takes its share."""
+        num_ranks = self.trainer.world_size
+        own = batch[self.global_rank :: num_ranks]
+        factor = len(own) * num_ranks / len(batch)  # strategies average over ranks
+        pairs = own or batch[:1]  # a rank without any takes part in the forward pass too
+        numbers = [number for pair in zip(*pairs, strict=True) for number in pair]
         sequences = [self.data.sequences[number] for number in numbers]
         ratios = sequence_logprobs(self.model, sequences, self.device)
         ratios = ratios - self.reference[numbers].to(self.device)
         correct, incorrect = ratios.chunk(2)
         margins = correct - incorrect
-        loss = preference_loss(margins, self.beta)
-        self.log("verifier_loss", loss, prog_bar=True)
-        self.log("verifier_accuracy", (margins > 0).float().mean())
-        self.log("verifier_margin", margins.mean())
+        loss = factor * preference_loss(margins, self.beta)
+        self.log("verifier_loss", loss, prog_bar=True, sync_dist=True)
+        self.log("verifier_accuracy", factor * (margins > 0).float().mean(), sync_dist=True)
+        self.log("verifier_margin", factor * margins.mean(), sync_dist=True)
         return loss
+
+    def validation_step(self, batch: Any, batch_index: int) -> None:
+        """Does nothing: Lightning writes checkpoints behind a validation loop."""
 
     def on_before_optimizer_step(self, optimizer: AdamW) -> None:
         """Clips the gradient."""
         clip_gradients(list(self.parameters()), self.gradient_clip_norm)
 
 
-def pair_loader(data: PairSet, *, batch_size: int, seed: int) -> DataLoader:
-    """Returns the pairs in batches, shuffled anew in each epoch."""
-    return DataLoader(
-        data.pairs,
-        batch_size=batch_size,
-        shuffle=True,
-        generator=torch.Generator().manual_seed(seed),
-        collate_fn=list,
-    )
+def pair_loader(data: PairSet, *, batch_size: int, seed: int) -> StepLoader[list[tuple[int, int]]]:
+    """Returns the pairs in batches over all ranks, shuffled anew in each epoch."""
+
+    def take(numbers: np.ndarray) -> list[tuple[int, int]]:
+        return [data.pairs[number] for number in numbers]
+
+    return StepLoader(len(data.pairs), take, batch_size=batch_size, seed=seed)

@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 import socket
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from restem_lightning.loop import callback
+from restem_lightning.m_step.checkpoint_io import AtomicCheckpointIO
 from restem_lightning.m_step.checkpoints import is_whole, write_error
 from restem_lightning.run_dir import RunDir, read_json
 from tests.faults.conftest import SETTINGS, do_before
@@ -97,19 +99,34 @@ def test_a_sharded_checkpoint_is_whole_until_a_file_of_it_is_truncated_or_gone(n
     assert not is_whole(tmp_path)
 
 
+@contextmanager
+def full_disk():
+    """No file may grow beyond half a MiB."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_checkpoint_that_does_not_fit_names_its_file_and_leaves_nothing(tmp_path):
+    path = tmp_path / "last-2.ckpt"
+    with full_disk(), pytest.raises(OSError, match="File too large") as raised:
+        AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(1 << 18)}, str(path))
+    assert raised.value.filename == str(path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_torch_raises_on_a_full_disk_is_known_as_a_failed_write(tmp_path):
-    weights, limits = {"weights": torch.ones(1 << 18)}, resource.getrlimit(resource.RLIMIT_FSIZE)
+    weights = {"weights": torch.ones(1 << 18)}
     writers = (
         lambda: dcp.save(weights, checkpoint_id=tmp_path / "folder", no_dist=True),
         lambda: torch.save(weights, tmp_path / "file"),
     )
     for write in writers:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, limits[1]))
-        try:
-            with pytest.raises((RuntimeError, CheckpointException)) as raised:
-                write()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with full_disk(), pytest.raises((RuntimeError, CheckpointException)) as raised:
+            write()
         assert write_error(raised.value)
     assert write_error(RuntimeError("anything else")) is None
 

@@ -1,8 +1,14 @@
 """Learned verifiers in a run: V-STaR's, trained and measured; a scorer in the E-step."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,16 +21,21 @@ from restem_lightning.completions import (
     VerdictKind,
     from_table,
 )
+from restem_lightning.loop import learned as learned_module
 from restem_lightning.loop.stage import Stage, load_policy, verified_completions
+from restem_lightning.m_step.preference import PreferenceModule
 from restem_lightning.metrics import best_of_k
 from restem_lightning.problems import Problem
 from restem_lightning.prompts import FewShotPrompt
-from restem_lightning.run_dir import RunDir, read_json
+from restem_lightning.run_dir import RunDir, read_json, write_json
 from restem_lightning.sampler import EngineParams, SamplingParams
 from restem_lightning.settings import EMBEDDED_POLICY, VerificationParams, open_verifiers
 from restem_lightning.verifiers.composed import ITERATION
+from tests.faults.conftest import do_before
 
+ROOT = Path(__file__).parents[2]
 LEARN = {"preference.learn": "last", "preference.human": "true", "evaluation.n": 4,
+         "preference.batch_size": 48, "preference.max_epochs": 2,
          "evaluation.ks": [1, 2, 4], "preference.learning_rate": 1e-3,
          "problems.held_out.held_out.init_args.num": 4, "trainer.max_epochs": 1,
          "mix.earlier": "true", "mix.human": "all"}  # fmt: skip
@@ -114,6 +125,101 @@ def test_a_finished_run_that_lacks_its_verifier_gets_it_and_nothing_else(
     assert read_json(run.iteration(2).path / "verifier.json") == before
     assert (run.iteration(2).path / "verifier" / "model.safetensors").read_bytes() == trained
     assert (run.iteration(2).policy / "model.safetensors").read_bytes() == policy
+
+
+# Kills the process before an optimizer step of the verifier.
+KILL = """
+import os, signal, sys
+from restem_lightning.cli import main
+from restem_lightning.m_step.preference import PreferenceModule
+
+step = PreferenceModule.training_step
+
+def killing(self, *words):
+    if self.global_step == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *words)
+
+PreferenceModule.training_step = killing
+main(sys.argv[2:])
+"""
+
+
+@pytest.fixture
+def without_verifier(learned, copy_of):
+    """A copy of the run as it was before its verifier."""
+    run = copy_of(learned.path)
+    paths = run.iteration(2)
+    shutil.rmtree(paths.verifier)
+    shutil.rmtree(paths.verifier_training)
+    paths.verifier_json.unlink()
+    metrics = read_json(paths.metrics)
+    for name in ("best@2", "best@4"):
+        del metrics["evaluation"]["held_out"][name]
+    write_json(paths.metrics, metrics)
+    return run
+
+
+@pytest.fixture
+def steps_of(monkeypatch):
+    """The optimizer steps that a verifier takes in this process."""
+    steps = []
+    step = PreferenceModule.training_step
+
+    def count(self, *words):
+        steps.append(self.global_step)
+        return step(self, *words)
+
+    monkeypatch.setattr(PreferenceModule, "training_step", count)
+    return steps
+
+
+def same_verifier(run, other):
+    """Whether two runs have one verifier, with one record and one set of metrics."""
+    paths, others = run.iteration(2), other.iteration(2)
+    assert read_json(paths.verifier_json) == read_json(others.verifier_json)
+    assert read_json(paths.metrics) == read_json(others.metrics)
+    assert not list(paths.verifier_training.glob("*.ckpt"))
+    files = (one.verifier / "model.safetensors" for one in (paths, others))
+    return len({file.read_bytes() for file in files}) == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "call", "kept"),
+    [
+        (PreferenceModule, "training_step", 1, "the verifier of iteration 2 up to last-1.ckpt"),
+        (PreferenceModule, "training_step", 7, "the verifier of iteration 2 up to last-8.ckpt"),
+        (learned_module, "export_policy", 1, "the verifier of iteration 2"),
+    ],
+)
+def test_a_signal_while_the_verifier_learns_changes_nothing(
+    place, name, call, kept, without_verifier, learned, restem, fit_words, monkeypatch
+):
+    words = fit_words(without_verifier.path, iterations=2, **LEARN)
+    with monkeypatch.context() as patch:
+        do_before(patch, place, name, call, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        stopped = restem(*words)
+    assert stopped.code == 75, stopped.err
+    assert f"keeps 2 finished iterations and {kept}; go on with" in stopped.err
+    assert not without_verifier.iteration(2).verifier_json.exists()
+    resumed = restem(*words)
+    assert resumed.code == 0, resumed.err
+    assert same_verifier(without_verifier, learned)
+
+
+def test_a_kill_while_the_verifier_learns_costs_the_steps_since_its_last_checkpoint(
+    without_verifier, learned, steps_of, restem, fit_words
+):
+    words = [str(word) for word in fit_words(without_verifier.path, iterations=2, **LEARN)]
+    killed = subprocess.run([sys.executable, "-c", KILL, "8", *words], cwd=ROOT, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (last,) = without_verifier.iteration(2).verifier_training.glob("last-*.ckpt")
+    done = int(last.stem.removeprefix("last-"))
+    assert 1 < done < 8
+    resumed = restem(*words)
+    assert resumed.code == 0, resumed.err
+    assert steps_of[0] == done
+    assert same_verifier(without_verifier, learned)
 
 
 def test_a_scorer_joins_the_verdicts_of_the_e_step_and_of_nothing_else(restem, fit_words, tmp_path):

@@ -120,6 +120,19 @@ def test_metrics_carry_the_values_of_metrics_json(tracked):
             assert row["iteration/e_step/num_skipped"] == 0
 
 
+def test_best_of_k_by_a_learned_verifier_is_on_both_axes(tmp_path):
+    run = finished_run(tmp_path)
+    rate = {"value": 0.5, "low": 0.25, "high": 0.75, "num_problems": 8}
+    record = {"num_pairs": 3, "evaluation": {"held_out": {"best@2": rate}}}
+    write_json(run.iteration(1).verifier_json, record)
+    params = TrackingParams(wandb_project="t", wandb_mode="offline", table_rows=0)
+    with Tracker(params, run, {}, base=BASE):
+        pass
+    row = history(files_of(run)[0])[-1]
+    assert row["iteration/evaluation/held_out/best@2/value"] == row["budget/held_out/best@2"] == 0.5
+    assert row["iteration"] == 1
+
+
 def test_each_iteration_has_a_table_of_completions_of_its_own(tracked):
     file = files_of(tracked)[-1]
     entries = {name: value for row in history(file) for name, value in row.items()}

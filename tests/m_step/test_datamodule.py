@@ -56,7 +56,7 @@ def test_sequences_longer_than_a_row_are_dropped_with_a_count(make_accepted):
     path = make_accepted([([2] * 9, [1], 1.0), ([2], [1], 1.0)])
     with pytest.warns(UserWarning, match="drops 1 of 2"):
         loader = AcceptedDataModule(str(path), max_sequence_tokens=5).train_dataloader()
-    assert len(loader.sequences) == 1
+    assert loader.num_items == 1
     with pytest.raises(UserError, match="raise it to 10"):
         AcceptedDataModule(
             str(make_accepted([([2] * 9, [1], 1.0)])), max_sequence_tokens=5
