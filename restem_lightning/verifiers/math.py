@@ -45,7 +45,7 @@ _RENDERED = {
 # A box in -\boxed{5} or \boxed{5}^2 holds a part of the answer; \boxed{5}^\circ all but its unit.
 _BEFORE_A_PART = re.compile(r"(?<!-)-\Z")
 _AFTER_A_PART = re.compile(r"\}(?:\^(?!\{?\\circ)|[-+/](?!-)|\\(?:cdot|times|div)(?![A-Za-z]))")
-_PLAIN_NUMBER = re.compile(r"-?\d[\d,]{0,39}(?:\.\d{1,20})?", re.ASCII)
+_PLAIN_NUMBER = re.compile(r"-?(?:\d{1,40}|\d{1,3}(?:,\d{3}){1,9})(?:\.\d{1,20})?", re.ASCII)
 ANSWER_FORMATS = tuple(_RENDERED)
 _MARKED = ("gsm8k", "boxed", "final_answer", "answer_tag")
 
@@ -100,13 +100,12 @@ class MathVerifier:
 
     def quick_verdict(self, cache_key: tuple[Any, ...]) -> Verdict | None:
         """Returns the verdict where no answer is there or both are plain numbers, else None."""
-        reference, answer = cache_key[:2]
-        if not self._check_equations and (
-            answer is None
-            or (_PLAIN_NUMBER.fullmatch(answer) and _PLAIN_NUMBER.fullmatch(reference or ""))
-        ):
-            return self._verdict(reference, answer)
-        return None
+        if self._check_equations or type(self).verify is not MathVerifier.verify:
+            return None
+        reference, answer = cache_key
+        texts = () if answer is None else (reference or "", answer)
+        is_quick = all(_PLAIN_NUMBER.fullmatch(text) for text in texts)
+        return self._verdict(reference, answer) if is_quick else None
 
     def verify(self, problem: Problem, completion_text: str) -> Verdict:
         """Returns the verdict on the answer found in the completion.
