@@ -6,31 +6,37 @@ from fractions import Fraction
 MAX_POWER_BITS = 4_000
 
 _WRAPPED = re.compile(r"\\(?:boxed|fbox|text|displaystyle)\s*\{(.*)\}", re.DOTALL)
+_LAYOUT = ("left", "right", "displaystyle", "limits")
 # (what a text must hold for the pattern to match at all, the pattern, its replacement)
 _REPLACEMENTS = tuple(
     (needed, re.compile(pattern), replacement)
     for needed, pattern, replacement in (
         # A money sign is escaped, or alone before a number; any other $ delimits mathematics.
         ("$", r"\\\$|\A\s*\$(?=\s*[-\d.][^$]*\Z)|(?<=\A-)\$(?=[^$]*\Z)", r"\\dollar "),
-        ("\\", r"(?<=\d),\\!\s*(?=\d{3})", ","),
-        ("\\", r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])|(?<!\\)\\!", ""),
+        ("\\!", r"(?<=\d),\\!\s*(?=\d{3})", ","),
+        *((rf"\{name}", rf"\\{name}(?![A-Za-z])", "") for name in _LAYOUT),
+        ("\\!", r"(?<!\\)\\!", ""),
         ("$", r"\$", ""),
-        ("\\", r"\\(?:mathrm|mathbf|mathit|textbf|textrm|textit|textnormal|mbox)\s*\{", r"\\text{"),
+        ("\\math", r"\\math(?:rm|bf|it)\s*\{", r"\\text{"),
+        ("\\text", r"\\text(?:bf|rm|it|normal)\s*\{", r"\\text{"),
+        ("\\mbox", r"\\mbox\s*\{", r"\\text{"),
         ("frac", r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         ("frac", r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
         (",", r"(?<=\d)(?:\{,\}|\\,)(?=\d{3})", ","),
-        ("\\", r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])", " "),
+        ("\\", r"(?<!\\)\\[,;: ]", " "),
+        ("quad", r"\\q?quad(?![A-Za-z])", " "),
         ("~", "~", " "),
         ("%", r"\\%", "%"),
-        ("\\", r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ|\\degree", r"^\\circ"),
+        ("\\circ", r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ", r"^\\circ"),
+        ("\\degree", r"\\degree", r"^\\circ"),
         ("\u00b0", "\u00b0", r"^\\circ"),
-        ("\\", r"\\leq(?:slant)?(?![A-Za-z])", r"\\le "),
+        ("\\leq", r"\\leq(?:slant)?(?![A-Za-z])", r"\\le "),
         ("<=", "<=", r"\\le "),
         ("\u2264", "\u2264", r"\\le "),
-        ("\\", r"\\geq(?:slant)?(?![A-Za-z])", r"\\ge "),
+        ("\\geq", r"\\geq(?:slant)?(?![A-Za-z])", r"\\ge "),
         (">=", ">=", r"\\ge "),
         ("\u2265", "\u2265", r"\\ge "),
-        ("\\", r"\\neq(?![A-Za-z])", r"\\ne "),
+        ("\\neq", r"\\neq(?![A-Za-z])", r"\\ne "),
         ("\u2260", "\u2260", r"\\ne "),
         ("\u222a", "\u222a", r"\\cup "),
         ("\u2212", "\u2212", "-"),

@@ -41,7 +41,8 @@ def compare(reference: str, answer: str) -> tuple[bool, str]:
     """Returns whether two answers are the same, and what decided it."""
     if max(nesting(reference), nesting(answer)) > MAX_DEPTH:
         return False, "unparsed: too deep"
-    return _compare(bare(reference), bare(answer))
+    cleaned = bare(reference)
+    return _compare(cleaned, cleaned if answer == reference else bare(answer))
 
 
 def _compare(reference: str, answer: str) -> tuple[bool, str]:

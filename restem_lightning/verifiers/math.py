@@ -13,6 +13,7 @@ from restem_lightning.verifiers.comparison import compare
 from restem_lightning.verifiers.equations import wrong_equation
 
 MAX_TEXT = 20_000
+MAX_QUICK = 200
 STOP_MARKS = (
     *("\nQ:", "\nQuestion:", "\nProblem:", "\n### Instruction", "\n### Question", "\n### Problem"),
     *("\nHuman:", "\nUser:", "<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "[INST]"),
@@ -99,12 +100,15 @@ class MathVerifier:
         return (*key, equations(judged_text(completion_text, self._stop_marks)))
 
     def quick_verdict(self, cache_key: tuple[Any, ...]) -> Verdict | None:
-        """Returns the verdict where no answer is there or both are plain numbers, else None."""
+        """Returns the verdict for no answer, plain numbers or the reference's text, else None."""
         if self._check_equations or type(self).verify is not MathVerifier.verify:
             return None
         reference, answer = cache_key
-        texts = () if answer is None else (reference or "", answer)
-        is_quick = all(_PLAIN_NUMBER.fullmatch(text) for text in texts)
+        is_quick = answer is None or (
+            len(answer) <= MAX_QUICK
+            if answer == reference
+            else _PLAIN_NUMBER.fullmatch(answer) and _PLAIN_NUMBER.fullmatch(reference or "")
+        )
         return self._verdict(reference, answer) if is_quick else None
 
     def verify(self, problem: Problem, completion_text: str) -> Verdict:
