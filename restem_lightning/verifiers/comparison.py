@@ -96,7 +96,7 @@ def _compare_bases(reference: str, answer: str) -> Decision:
 
 def _compare_words(reference: str, answer: str) -> Decision:
     """Decides if the reference is plain words."""
-    if not re.fullmatch(r"[A-Za-z]{3,}(?:[ -][A-Za-z]+)*", reference):
+    if not re.fullmatch(r"(?:[A-Za-z]{3,}|[Nn]o)(?:[ -][A-Za-z]+)*", reference):
         return None
     return reference.casefold() == answer.casefold(), "words"
 
@@ -136,7 +136,10 @@ def _compare_named_tuples(reference: str, answer: str) -> Decision:
     if names[0] != (names[1] if all(matches) else sorted(names[0])):
         return False, "different names"
     sides = zip(matches, (reference, answer), strict=True)
-    return _compare(*(match[2] if match else text for match, text in sides))
+    tuples = [match[2] if match else text for match, text in sides]
+    if any(len(split_items(text)[1]) != len(names[0]) for text in tuples):
+        return False, "different number of elements"
+    return _compare(*tuples)
 
 
 def _compare_ranges(reference: str, answer: str) -> Decision:
