@@ -6,31 +6,50 @@ from fractions import Fraction
 MAX_POWER_BITS = 4_000
 
 _WRAPPED = re.compile(r"\\(?:boxed|fbox|text|displaystyle)\s*\{(.*)\}", re.DOTALL)
-_TEXT_COMMAND = re.compile(r"\\(?:mathrm|mathbf|mathit|textbf|textrm|textit|textnormal|mbox)\s*\{")
-_REPLACEMENTS = (
-    # A money sign is escaped, or stands alone before a number; any other $ delimits mathematics.
-    (re.compile(r"\\\$|\A\s*\$(?=\s*[-\d.][^$]*\Z)|(?<=\A-)\$(?=[^$]*\Z)"), r"\\dollar "),
-    (re.compile(r"(?<=\d),\\!\s*(?=\d{3})"), ","),
-    (re.compile(r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])|(?<!\\)\\!|\$"), ""),
-    (_TEXT_COMMAND, r"\\text{"),
-    (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
-    (re.compile(r"\\frac\s*(\d)\s*(\d)"), r"\\frac{\1}{\2}"),
-    (re.compile(r"(?<=\d)(?:\{,\}|\\,)(?=\d{3})"), ","),
-    (re.compile(r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])"), " "),
-    (re.compile(r"\\%"), "%"),
-    (re.compile(r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ|\\degree|\u00b0"), r"^\\circ"),
-    (re.compile(r"\\leq(?:slant)?(?![A-Za-z])|<=|\u2264"), r"\\le "),
-    (re.compile(r"\\geq(?:slant)?(?![A-Za-z])|>=|\u2265"), r"\\ge "),
-    (re.compile(r"\\neq(?![A-Za-z])|\u2260"), r"\\ne "),
-    (re.compile("\u222a"), r"\\cup "),
-    (re.compile("\u2212"), "-"),
-    (re.compile("\u00d7"), r"\\times "),
-    (re.compile("\u03c0"), r"\\pi "),
-    (re.compile("\u221e"), r"\\infty "),
-    (re.compile(r"\s+"), " "),
-    # No space is left but between letters, digits or points, and after a comma before a digit.
-    (re.compile(r"(?<![A-Za-z0-9.,]) | (?![A-Za-z0-9.])|(?<=,) (?!\d)"), ""),
+_LAYOUT = ("left", "right", "displaystyle", "limits")
+# (what a text must hold for the pattern to match at all, the pattern, its replacement)
+_REPLACEMENTS = tuple(
+    (needed, re.compile(pattern), replacement)
+    for needed, pattern, replacement in (
+        # A money sign is escaped, or alone before a number; any other $ delimits mathematics.
+        ("$", r"\\\$|\A\s*\$(?=\s*[-\d.][^$]*\Z)|(?<=\A-)\$(?=[^$]*\Z)", r"\\dollar "),
+        ("\\!", r"(?<=\d),\\!\s*(?=\d{3})", ","),
+        *((rf"\{name}", rf"\\{name}(?![A-Za-z])", "") for name in _LAYOUT),
+        ("\\!", r"(?<!\\)\\!", ""),
+        ("$", r"\$", ""),
+        ("\\math", r"\\math(?:rm|bf|it)\s*\{", r"\\text{"),
+        ("\\text", r"\\text(?:bf|rm|it|normal)\s*\{", r"\\text{"),
+        ("\\mbox", r"\\mbox\s*\{", r"\\text{"),
+        ("frac", r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        ("frac", r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+        (",", r"(?<=\d)(?:\{,\}|\\,)(?=\d{3})", ","),
+        ("\\", r"(?<!\\)\\[,;: ]", " "),
+        ("quad", r"\\q?quad(?![A-Za-z])", " "),
+        ("~", "~", " "),
+        ("%", r"\\%", "%"),
+        ("\\circ", r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ", r"^\\circ"),
+        ("\\degree", r"\\degree", r"^\\circ"),
+        ("\u00b0", "\u00b0", r"^\\circ"),
+        ("\\leq", r"\\leq(?:slant)?(?![A-Za-z])", r"\\le "),
+        ("<=", "<=", r"\\le "),
+        ("\u2264", "\u2264", r"\\le "),
+        ("\\geq", r"\\geq(?:slant)?(?![A-Za-z])", r"\\ge "),
+        (">=", ">=", r"\\ge "),
+        ("\u2265", "\u2265", r"\\ge "),
+        ("\\neq", r"\\neq(?![A-Za-z])", r"\\ne "),
+        ("\u2260", "\u2260", r"\\ne "),
+        ("\u222a", "\u222a", r"\\cup "),
+        ("\u2212", "\u2212", "-"),
+        ("\u00d7", "\u00d7", r"\\times "),
+        ("\u03c0", "\u03c0", r"\\pi "),
+        ("\u221e", "\u221e", r"\\infty "),
+        ("", r"\s+", " "),
+        # No space is left but between letters, digits or points, and after a comma before a digit.
+        (" ", r"(?<![A-Za-z0-9.,]) | (?![A-Za-z0-9.])|(?<=,) (?!\d)", ""),
+        ("+", r"(?:(?<=,)|\A)\+(?=\\infty)", ""),
+    )
 )
+_AS_IT_IS = re.compile(r"[A-Za-z0-9]+|-?\d+(?:[.,]\d+)*", re.ASCII)
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
 _PLAIN = re.compile(rf"{_DIGITS}(?:\.\d*)?|\.\d+")
@@ -39,7 +58,7 @@ _FRACTION = re.compile(
     r"|(?:(?P<whole2>\d+) )?(?P<top2>[^/{} ]+)/(?P<bottom2>[^/{} ]+)"
 )
 _SCIENTIFIC = re.compile(
-    r"([\d.,]+)(?:\\times|\\cdot|\*)10\^\{?(-?\d{1,3})\}?|([\d.]+)[eE](-?\d{1,3})"
+    r"([\d.,]+)(?:\\times|\\cdot|\*) ?10\^\{?(-?\d{1,3})\}?|([\d.]+)[eE](-?\d{1,3})"
 )
 _POWER = re.compile(r"(\d{1,50})\^\{?(-?\d{1,4})\}?")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\{(\d{1,50})\}")
@@ -105,7 +124,10 @@ _NO_NOUNS = frozenset(
         *("cos", "tan", "cot", "sec", "csc", "log", "exp", "sqrt", "of"),
     )
 )
-_MATRIX = re.compile(r"\\begin\{[pb]?matrix\}((?:(?!\\begin).)*)\\end\{[pb]?matrix\}", re.DOTALL)
+_MATRIX = re.compile(
+    r"\\begin\{(?:[pb]?matrix\}|array\}\{[clr]*\})((?:(?!\\begin).)*)\\end\{(?:[pb]?matrix|array)\}",
+    re.DOTALL,
+)
 _CONJUNCTION = re.compile(r"\\text\{ ?(?:or|and) ?\}|\b(?:or|and)\b")
 _OPENING, _CLOSING = "([{", ")]}"
 
@@ -116,10 +138,13 @@ def bare(answer: str) -> str:
     Money signs go too. Spaces between digits stay: `10 24` is not 1024.
     """
     answer = answer.strip()
+    if _AS_IT_IS.fullmatch(answer):
+        return answer
     if answer.startswith("**") or answer.startswith("`"):
         answer = answer.strip("*` ")
-    for pattern, replacement in _REPLACEMENTS:
-        answer = pattern.sub(replacement, answer)
+    for needed, pattern, replacement in _REPLACEMENTS:
+        if needed in answer:
+            answer = pattern.sub(replacement, answer)
     while True:
         inner = re.sub(r"^\\[(\[](.*)\\[)\]]$", r"\1", answer.strip().rstrip(".,;:"))
         wrapped = _WRAPPED.fullmatch(inner)

@@ -28,10 +28,12 @@ VERIFIERS = {
 class Verifier(Protocol):
     """Says whether a completion solves a problem; named by class path in YAML.
 
-    Three members are optional. `cache_key(problem, completion_text)` returns a tuple such that
-    equal keys mean equal verdicts (or None: do not cache); it runs in the sampling process, so it
-    must be cheap and safe for any text. `warm_up()` does slow imports; a worker calls it before its
-    first job. `deadline_s` is how long a job may take if the verifier bounds its jobs itself.
+    Four members are optional. `cache_key(problem, completion_text)` returns a tuple such that
+    equal keys mean equal verdicts (or None: do not cache). `quick_verdict(cache_key)` returns that
+    verdict if microseconds are enough for it, else None: then a worker is asked. Both run in the
+    sampling process, so they must be cheap and safe for any text. `warm_up()` does slow imports; a
+    worker calls it before its first job. `deadline_s` is how long a job may take if the verifier
+    bounds its jobs itself.
 
     Attributes:
         name: recorded with each verdict.

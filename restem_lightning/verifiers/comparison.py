@@ -26,9 +26,11 @@ MAX_ITEMS = 16
 _BASE = re.compile(r"(-?[0-9A-Za-z.]+)_(?:\{(\d{1,2})\}|(\d))")
 _NAMED = re.compile(r"([A-Za-z]+(?:_\{?\w\}?)?(?:\([a-z]\))?)=")
 _MEMBER = re.compile(r"([A-Za-z])\\in(?![A-Za-z])(.+)")
+_NAMED_TUPLE = re.compile(r"\(([A-Za-z](?:,[A-Za-z])+)\)=(\(.*\))")
 _SIGN = re.compile(r"(\\(?:le|ge|ne|lt|gt)(?![A-Za-z])|[=<>])")
 _SIGNS = {r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\lt": "<", r"\gt": ">"}
 _FLIPPED = {">": "<", ">=": "<="}
+_INFINITY = r"\infty"
 _APPROXIMATELY = re.compile(r"\\approx(?![A-Za-z])")
 _UNORDERED = frozenset(("", "{}"))
 
@@ -39,7 +41,8 @@ def compare(reference: str, answer: str) -> tuple[bool, str]:
     """Returns whether two answers are the same, and what decided it."""
     if max(nesting(reference), nesting(answer)) > MAX_DEPTH:
         return False, "unparsed: too deep"
-    return _compare(bare(reference), bare(answer))
+    cleaned = bare(reference)
+    return _compare(cleaned, cleaned if answer == reference else bare(answer))
 
 
 def _compare(reference: str, answer: str) -> tuple[bool, str]:
@@ -93,7 +96,7 @@ def _compare_bases(reference: str, answer: str) -> Decision:
 
 def _compare_words(reference: str, answer: str) -> Decision:
     """Decides if the reference is plain words."""
-    if not re.fullmatch(r"[A-Za-z]{3,}(?:[ -][A-Za-z]+)*", reference):
+    if not re.fullmatch(r"(?:[A-Za-z]{3,}|[Nn]o)(?:[ -][A-Za-z]+)*", reference):
         return None
     return reference.casefold() == answer.casefold(), "words"
 
@@ -122,6 +125,72 @@ def _compare_memberships(reference: str, answer: str) -> Decision:
         return False, "different names"
     sides = zip(matches, (reference, answer), strict=True)
     return _compare(*(bare(match[2]) if match else text for match, text in sides))
+
+
+def _compare_named_tuples(reference: str, answer: str) -> Decision:
+    """Takes (x,y)= off; the same on both sides, or in the order of the alphabet on one."""
+    matches = [_NAMED_TUPLE.fullmatch(text) for text in (reference, answer)]
+    if not any(matches):
+        return None
+    names = [match[1].split(",") for match in matches if match]
+    if names[0] != (names[1] if all(matches) else sorted(names[0])):
+        return False, "different names"
+    sides = zip(matches, (reference, answer), strict=True)
+    tuples = [match[2] if match else text for match, text in sides]
+    if any(len(split_items(text)[1]) != len(names[0]) for text in tuples):
+        return False, "different number of elements"
+    return _compare(*tuples)
+
+
+def _compare_ranges(reference: str, answer: str) -> Decision:
+    r"""Decides an inequality in one variable against an interval: the same ends, open or closed.
+
+    A reference (1,2) may be a point, so no inequality equals it; x\in(1,2) is an interval.
+    """
+    is_chain = [bool(_SIGN.search(text)) for text in (reference, answer)]
+    if is_chain[0] == is_chain[1]:
+        return None
+    ranges = [_range_of(text) for text in (reference, answer)]
+    if None in ranges:
+        return None
+    (name, *ends), (other_name, *other_ends) = ranges
+    if "" not in (name, other_name) and name != other_name:
+        return False, "different names"
+    is_point = not is_chain[0] and not name and ends[0][1] == ends[1][1] == "open"
+    if is_point and not any(_INFINITY in value for value, _ in ends):
+        return False, "a point or an interval"
+    is_equal = all(
+        kind == other_kind and _compare(value, other)[0]
+        for (value, kind), (other, other_kind) in zip(ends, other_ends, strict=True)
+    )
+    return is_equal, "ranges"
+
+
+def _range_of(text: str) -> tuple[str, tuple[str, str], tuple[str, str]] | None:
+    r"""Returns the variable ("" for none) and both ends, each with "open" or "closed".
+
+    Reads [1,2), x\in[1,2), 1\le x<2, x<2 and their mirror images; None for anything else.
+    """
+    kind_of = {"(": "open", ")": "open", "[": "closed", "]": "closed", "<": "open", "<=": "closed"}
+    member = _MEMBER.fullmatch(text)
+    brackets, items = split_items(bare(member[2]) if member else text)
+    if len(items) == 2 and brackets[:1] in ("(", "[") and not _SIGN.search(text):
+        low, high = zip(items, map(kind_of.get, brackets), strict=True)
+        return (member[1] if member else "", low, high)
+    parts = _SIGN.split(text)
+    sides, signs = [bare(side) for side in parts[::2]], [_SIGNS.get(s, s) for s in parts[1::2]]
+    if all(sign in _FLIPPED for sign in signs):
+        sides, signs = sides[::-1], [_FLIPPED[sign] for sign in signs[::-1]]
+    names = [side for side in sides if re.fullmatch("[A-Za-z]", side) and side not in "ei"]
+    if len(names) != 1 or not signs or any(sign not in ("<", "<=") for sign in signs):
+        return None
+    place = sides.index(names[0])
+    if (len(sides), place) not in ((2, 0), (2, 1), (3, 1)):
+        return None
+    low = (sides[place - 1], kind_of[signs[place - 1]]) if place else ("-" + _INFINITY, "open")
+    high = (sides[place + 1], kind_of[signs[place]]) if sides[place + 1 :] else (_INFINITY, "open")
+    values = re.sub(r"\\[A-Za-z]+", "", low[0] + high[0])
+    return None if names[0] in values else (names[0], low, high)
 
 
 def _compare_lists(reference: str, answer: str) -> Decision:
@@ -261,6 +330,8 @@ _STEPS = (
     _compare_numbers,
     _compare_matrices,
     _compare_approximations,
+    _compare_named_tuples,
+    _compare_ranges,
     _compare_memberships,
     _compare_lists,
     _compare_relations,

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from restem_lightning.completions import Verdict, VerdictKind
@@ -13,6 +14,7 @@ from restem_lightning.verifiers.comparison import compare
 from restem_lightning.verifiers.equations import wrong_equation
 
 MAX_TEXT = 20_000
+MAX_QUICK = 200
 STOP_MARKS = (
     *("\nQ:", "\nQuestion:", "\nProblem:", "\n### Instruction", "\n### Question", "\n### Problem"),
     *("\nHuman:", "\nUser:", "<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "[INST]"),
@@ -25,10 +27,14 @@ _SENTENCE = (
     r"\s*:?\s*((?:\\.|\$(?:\\.|[^$\\])*\$|[^\n])+?)"
     r"(?:\.?\s*I hope it is correct|\.(?=\s|\Z)|\n|\Z)"
 )
+# What the text must hold in lower case (looked for first: it is fast), and the pattern.
 _PATTERNS = {
-    "gsm8k": re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]*)"),
-    "final_answer": re.compile("final answer is" + _SENTENCE, re.IGNORECASE),
-    "answer_is": re.compile("answer is" + _SENTENCE, re.IGNORECASE),
+    "gsm8k": ("####", re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]*)")),
+    "final_answer": (
+        "final answer is",
+        re.compile("final answer is" + _SENTENCE, re.IGNORECASE),
+    ),
+    "answer_is": ("answer is", re.compile("answer is" + _SENTENCE, re.IGNORECASE)),
 }
 _RENDERED = {
     "gsm8k": "#### {}",
@@ -38,6 +44,10 @@ _RENDERED = {
     "answer_tag": "<answer>{}</answer>",
     "auto": r"\boxed{{{}}}",
 }
+# A box in -\boxed{5} or \boxed{5}^2 holds a part of the answer; \boxed{5}^\circ all but its unit.
+_BEFORE_A_PART = re.compile(r"(?<!-)-\Z")
+_AFTER_A_PART = re.compile(r"\}(?:\^(?!\{?\\circ)|[-+/](?!-)|\\(?:cdot|times|div)(?![A-Za-z]))")
+_PLAIN_NUMBER = re.compile(r"-?(?:\d{1,40}|\d{1,3}(?:,\d{3}){1,9})(?:\.\d{1,20})?", re.ASCII)
 ANSWER_FORMATS = tuple(_RENDERED)
 _MARKED = ("gsm8k", "boxed", "final_answer", "answer_tag")
 
@@ -46,7 +56,7 @@ class MathVerifier:
     """Judges a final answer against the problem's reference answer."""
 
     name = "math"
-    version = "3"
+    version = "4"
 
     def __init__(
         self,
@@ -90,6 +100,18 @@ class MathVerifier:
             return key
         return (*key, equations(judged_text(completion_text, self._stop_marks)))
 
+    def quick_verdict(self, cache_key: tuple[Any, ...]) -> Verdict | None:
+        """Returns the verdict for no answer, plain numbers or the reference's text, else None."""
+        if self._check_equations or type(self).verify is not MathVerifier.verify:
+            return None
+        reference, answer = cache_key
+        is_quick = answer is None or (
+            len(answer) <= MAX_QUICK
+            if answer == reference
+            else _PLAIN_NUMBER.fullmatch(answer) and _PLAIN_NUMBER.fullmatch(reference or "")
+        )
+        return self._verdict(reference, answer) if is_quick else None
+
     def verify(self, problem: Problem, completion_text: str) -> Verdict:
         """Returns the verdict on the answer found in the completion.
 
@@ -97,20 +119,24 @@ class MathVerifier:
             UserError: the problem has no reference answer.
         """
         answer = self._extract(completion_text)
-        if answer is None:
-            return Verdict(kind=VerdictKind.NO_ANSWER, detail=f"no {self._answer_format} answer")
-        if not (problem.reference_answer or "").strip():
-            if not self._needs_reference:
-                detail = "no reference to compare with"
-                return Verdict(kind=VerdictKind.WRONG, extracted=answer, detail=detail)
+        reference = problem.reference_answer
+        if answer is not None and self._needs_reference and not (reference or "").strip():
             raise UserError(f"problem {problem.problem_id!r} has no reference_answer")
-        is_equal, detail = self.compare(problem.reference_answer, answer)
-        kind = VerdictKind.CORRECT if is_equal else VerdictKind.WRONG
-        if is_equal and self._check_equations:
+        verdict = self._verdict(reference, answer)
+        if verdict.kind is VerdictKind.CORRECT and self._check_equations:
             wrong = wrong_equation(judged_text(completion_text, self._stop_marks))
             if wrong is not None:
-                detail = f"the equation {wrong} does not hold"
-                return Verdict(kind=kind, reward=0.0, extracted=answer, detail=detail)
+                return replace(verdict, reward=0.0, detail=f"the equation {wrong} does not hold")
+        return verdict
+
+    def _verdict(self, reference: str | None, answer: str | None) -> Verdict:
+        if answer is None:
+            return Verdict(kind=VerdictKind.NO_ANSWER, detail=f"no {self._answer_format} answer")
+        if not (reference or "").strip():
+            detail = "no reference to compare with"
+            return Verdict(kind=VerdictKind.WRONG, extracted=answer, detail=detail)
+        is_equal, detail = self.compare(reference, answer)
+        kind = VerdictKind.CORRECT if is_equal else VerdictKind.WRONG
         return Verdict(kind=kind, extracted=answer, detail=detail)
 
     def reference_completion(self, problem: Problem) -> str | None:
@@ -155,10 +181,10 @@ def judged_text(text: str, stop_marks: Sequence[str] = STOP_MARKS) -> str:
 def extract_answer(
     text: str, answer_format: str, stop_marks: Sequence[str] = STOP_MARKS
 ) -> str | None:
-    """Returns the last answer in the declared format, None if there is none or it is empty.
+    r"""Returns the last answer in the declared format, None if there is none or it is empty.
 
-    Only `judged_text` counts. Two different answers are no error: the last one counts. Takes
-    linear time.
+    Only `judged_text` counts. Two different answers are no error: the last one counts. A box that
+    holds a part of an expression, as in -\boxed{5}, is an empty answer. Takes linear time.
     """
     kept = judged_text(text, stop_marks)
     if answer_format == "auto":
@@ -178,10 +204,18 @@ def _last_answer(text: str, answer_format: str) -> tuple[int, str] | None:
     """Returns where the last answer in one format starts, and the answer."""
     if answer_format == "boxed":
         start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-        return None if start < 0 else (start, last_boxed(text) or "")
+        if start < 0:
+            return None
+        answer = last_boxed(text) or ""
+        after = text[text.find(answer, start + len(r"\boxed")) + len(answer) :]
+        is_part = _BEFORE_A_PART.search(text[:start][-2:]) or _AFTER_A_PART.match(after)
+        return start, "" if is_part else answer
     if answer_format == "answer_tag":
         end = text.rfind("</answer>")
         start = text.rfind("<answer>", 0, max(end, 0))
         return None if start < 0 else (start, text[start + len("<answer>") : end])
-    places = [(match.start(), match[1]) for match in _PATTERNS[answer_format].finditer(text)]
+    mark, pattern = _PATTERNS[answer_format]
+    if text.isascii() and mark not in text.lower():
+        return None
+    places = [(match.start(), match[1]) for match in pattern.finditer(text)]
     return places[-1] if places else None

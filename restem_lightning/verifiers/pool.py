@@ -91,7 +91,8 @@ class VerifierPool:
     `verify_all`. There is no thread: `poll` is what collects verdicts, enforces deadlines and feeds
     idle workers, so call it often. A worker that hangs is killed, one that dies is replaced, and
     only the job it was working on is affected. If the verifier has a `cache_key`, equal keys are
-    verified once. Not to be shared between threads.
+    verified once, and where its `quick_verdict` has an answer, no worker is asked. Not to be shared
+    between threads.
     """
 
     def __init__(
@@ -156,6 +157,9 @@ class VerifierPool:
             if (waiting := self._waiting.get(cache_key)) is not None:
                 waiting.append(key)
                 return
+            if (verdict := self._quick_verdict(cache_key)) is not None:
+                self._done.append((key, verdict))
+                return
             self._waiting[cache_key] = []
         self._queue.append(
             _Job(key=key, problem=problem, text=completion_text, cache_key=cache_key)
@@ -208,6 +212,14 @@ class VerifierPool:
             return None
         try:
             return self.verifier.cache_key(problem, text)
+        except Exception:  # the verifier boundary: verify will raise the same in a worker
+            return None
+
+    def _quick_verdict(self, cache_key: tuple[Any, ...]) -> Verdict | None:
+        if not hasattr(self.verifier, "quick_verdict"):
+            return None
+        try:
+            return self.verifier.quick_verdict(cache_key)
         except Exception:  # the verifier boundary: verify will raise the same in a worker
             return None
 

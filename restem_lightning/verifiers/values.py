@@ -22,6 +22,7 @@ MAX_BITS = 20_000
 MAX_MAGNITUDE_BITS = 2_990
 MAX_ARGUMENT = 1_000_000
 MAX_FACTORIAL = 1_000
+MAX_FALLING = 10  # the most factors of a binomial of any number, x(x-1)/2 being two
 
 Value = Any  # a Fraction, or a real or complex number of an mpmath context
 
@@ -228,7 +229,10 @@ class _Arithmetic:
         return _bounded(Fraction(math.factorial(_small_count(value))))
 
     def _binomial(self, top: Value, bottom: Value) -> Value:
-        return _bounded(Fraction(math.comb(_small_count(top), _small_count(bottom))))
+        count = _small_count(bottom)
+        if count > MAX_FALLING or not isinstance(top, Fraction):
+            return _bounded(Fraction(math.comb(_small_count(top), count)))
+        return _bounded(math.prod(((top - k) / (k + 1) for k in range(count)), start=Fraction(1)))
 
     def _call(self, function: str, value: Value) -> Value:
         value, context = self._inexact(value), _context(self._digits)

@@ -130,6 +130,9 @@ EXTRACTED = [
 ]
 
 
+QUICK = ("5", "-5.0", "1,234", "5.00", "1234", "123", "-5", "50", "0.5")
+
+
 @pytest.fixture(scope="module")
 def verifier():
     return MathVerifier()
@@ -233,6 +236,26 @@ def test_equal_answers_to_equal_references_share_a_cache_key():
     verifier = MathVerifier("gsm8k")
     keys = [verifier.cache_key(problem("5"), f"{text}\n#### 5") for text in ("a", "b")]
     assert keys[0] == keys[1] != verifier.cache_key(problem("5"), "#### 6")
+
+
+@pytest.mark.parametrize("reference", ["5", "-5.0", "1,234", "1,23", "x", "50%", "", None])
+@pytest.mark.parametrize("answer", ["5", "5.00", "1234", "123", "-5", "5 or 6", "50", "0.5", None])
+def test_a_quick_verdict_is_the_verdict(reference, answer):
+    verifier = MathVerifier("gsm8k", needs_reference=False)
+    text = "none" if answer is None else f"#### {answer}"
+    quick = verifier.quick_verdict(verifier.cache_key(problem(reference), text))
+    assert quick in (None, verifier.verify(problem(reference), text))
+    is_quick = answer is None or {reference, answer} <= {*QUICK}
+    assert (quick is not None) == is_quick
+
+
+def test_checked_equations_and_an_own_verify_are_never_quick():
+    class Own(MathVerifier):
+        def verify(self, problem, completion_text):
+            raise NotImplementedError
+
+    assert MathVerifier(check_equations=True).quick_verdict(("5", "5", ())) is None
+    assert Own().quick_verdict(("5", "5")) is None
 
 
 def test_stop_marks_are_configurable():

@@ -52,6 +52,12 @@ class Counting:
     def reference_completion(self, problem):
         return None
 
+class Quick(Counting):
+    def quick_verdict(self, cache_key):
+        if cache_key == ("broken",):
+            raise RuntimeError
+        return Verdict(kind=VerdictKind.CORRECT) if cache_key == ("easy",) else None
+
 class Greedy(Counting):
     def warm_up(self):
         bytearray(1 << 40)
@@ -200,6 +206,16 @@ def test_equal_cache_keys_are_verified_once(spec, tmp_path):
         again = pool.verify_all([(PROBLEM, "a")])
     assert {verdict.extracted for verdict in first} == {"1", "2"}
     assert again[0].extracted == "1"
+
+
+def test_a_quick_verdict_needs_no_worker_and_all_else_gets_one(spec, tmp_path):
+    quick = VerifierSpec(class_path=f"{tmp_path}/mine.py:Quick")
+    with VerifierPool(quick) as pool:
+        pool.submit("easy", PROBLEM, "easy")
+        assert [(key, v.kind.value) for key, v in pool.poll()] == [("easy", "CORRECT")]
+        verdicts = pool.verify_all([(PROBLEM, text) for text in ("hard", "easy", "broken")])
+    assert kinds(verdicts) == ["WRONG", "CORRECT", "WRONG"]
+    assert [verdict.extracted for verdict in verdicts] == ["1", None, "2"]
 
 
 def test_metadata_that_is_not_json_gives_error(spec):
