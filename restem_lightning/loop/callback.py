@@ -162,7 +162,7 @@ class ReSTEMCallback(Callback):
             if warning := parity_warning(parity, self.policies[0]):
                 print(f"restem fit: iteration {self.iteration}: {warning}", file=sys.stderr)
             write_json(self.parity_json, parity)
-        barrier()
+        barrier(self.loop.stop.is_leaving)
 
     def _validation_reward(self, pl_module: LightningModule) -> float:
         """Returns the mean reward over D_val; each rank samples its share of the problems."""
@@ -235,11 +235,11 @@ class ReSTEMCallback(Callback):
                 e_step=loop.e_step,
                 on_part=watch.lap,
             )
-        barrier()
+        barrier(loop.stop.is_leaving)
         watch.lap()
         if is_rank_zero():
             self._finish(iteration, paths, policy)
-        barrier()
+        barrier(loop.stop.is_leaving)
 
     def _finish(self, iteration: int, paths: IterationDir, policy: Policy) -> None:
         loop = self.loop

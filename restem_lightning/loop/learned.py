@@ -142,7 +142,7 @@ def learn_verifier(
         release_memory()
     if is_rank_zero():
         _measure(loop, paths, params, folder=folder, start=start, num_pairs=len(pairs))
-    barrier()
+    barrier(loop.stop.is_leaving)
 
 
 def score_evaluation(

@@ -59,13 +59,13 @@ def test_a_rank_ten_times_slower_takes_fewer_parts_and_delays_nobody(tmp_path):
         "from restem_lightning.loop.ranks import any_rank, leave_together\n"
         "dist.init_process_group('gloo')\n"
         "rank, taken = dist.get_rank(), []\n"
-        "any_rank(False)\n"
+        "any_rank(False, bool)\n"
         "for part in claims('test', 33):\n"
         "    taken.append(part)\n"
         "    time.sleep((0.05, 0.5)[rank])\n"
-        "assert any_rank(rank == 1) and not any_rank(False)\n"
+        "assert any_rank(rank == 1, bool) and not any_rank(False, bool)\n"
         f"open(f'{tmp_path}/{{rank}}', 'w').write(' '.join(map(str, taken)))\n"
-        "leave_together()\n"
+        "leave_together(bool)\n"
     )
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
