@@ -20,7 +20,7 @@ from restem_lightning.loop.ranks import barrier, is_rank_zero, rank_and_count
 from restem_lightning.loop.shared import Loop
 from restem_lightning.loop.stage import Policy, load_policy
 from restem_lightning.loop.stop_request import Stopped
-from restem_lightning.loop.weights import hand_over, release_memory
+from restem_lightning.loop.weights import hand_over, held_memory_mib, release_memory
 from restem_lightning.m_step.export import export_policy, load_best
 from restem_lightning.m_step.optimizer_state import load_optimizer, save_optimizer
 from restem_lightning.run_dir import IterationDir, read_json, write_json
@@ -53,8 +53,7 @@ class ReSTEMCallback(Callback):
         """The E-step: here ranks are connected and no training weights are in memory yet."""
         self._stop_if_asked(trainer)
         if self.iteration == 1 and not self.loop.run.iteration(0).metrics.exists():
-            self._measure(0, load_policy(self.loop.base, self.loop.engine))
-            release_memory()
+            self._measure(0, self.loop.base)
         if not self.paths.funnel.exists():
             self.e_step.run(self._stopwatch("e_step").lap)
             self._stop_if_asked(trainer)
@@ -64,6 +63,7 @@ class ReSTEMCallback(Callback):
             raise UserError(f"the accepted dataset is empty: {empty_reason(funnel)}")
         check_interval(trainer, -(-funnel["trained_on"] // trainer.datamodule.batch_size))
         trainer.datamodule.accepted = str(self.paths.accepted)
+        self._note_memory(self.iteration, "e_step")
         self.watch = self._stopwatch("m_step")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -110,8 +110,8 @@ class ReSTEMCallback(Callback):
             self._export(trainer, pl_module)
         pl_module.model = None
         release_memory()
-        self._measure(self.iteration, load_policy(str(self.paths.policy), self.loop.engine))
-        release_memory()
+        self._note_memory(self.iteration, "m_step")
+        self._measure(self.iteration, str(self.paths.policy))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed M-step must still know."""
@@ -221,9 +221,11 @@ class ReSTEMCallback(Callback):
         rewards = [reward for _, reward in self.val_rewards]
         return (max(rewards) if is_best else rewards[-1]) if rewards else None
 
-    def _measure(self, iteration: int, policy: Policy) -> None:
+    def _measure(self, iteration: int, folder: str) -> None:
         """Evaluates a policy on every set and writes the iteration's metrics, then its manifest."""
         loop, paths = self.loop, self.loop.run.iteration(iteration)
+        policy = load_policy(folder, loop.engine)
+        stage, hash_of_policy = loop.stage(policy, iteration), policy.hash
         watch = Stopwatch(paths.path / "seconds.json", "evaluation")
         for name, problems in loop.held_out.items():
             draw_evaluation(
@@ -231,18 +233,27 @@ class ReSTEMCallback(Callback):
                 name,
                 problems,
                 loop.evaluation,
-                loop.stage(policy, iteration),
+                stage,
                 e_step=loop.e_step,
                 on_part=watch.lap,
             )
+        del policy, stage
+        release_memory()
         barrier(loop.stop.is_leaving)
         watch.lap()
+        self._note_memory(iteration, "evaluation")
         if is_rank_zero():
-            self._finish(iteration, paths, policy)
+            self._finish(iteration, paths, hash_of_policy)
         barrier(loop.stop.is_leaving)
 
-    def _finish(self, iteration: int, paths: IterationDir, policy: Policy) -> None:
-        loop = self.loop
+    def _note_memory(self, iteration: int, stage: str) -> None:
+        """Writes down what rank 0 still holds behind a stage: it should not grow."""
+        if is_rank_zero() and (memory := held_memory_mib()) is not None:
+            path = self.loop.run.iteration(iteration).path / "memory_mib.json"
+            write_json(path, {**(read_json(path) if path.exists() else {}), stage: memory})
+
+    def _finish(self, iteration: int, paths: IterationDir, policy_hash: str) -> None:
+        loop, memory = self.loop, paths.path / "memory_mib.json"
         metrics = {
             "iteration": iteration,
             "evaluation": {
@@ -252,6 +263,7 @@ class ReSTEMCallback(Callback):
             "e_step": self.e_step.metrics() if iteration else {},
             "m_step": read_json(paths.m_step / "m_step.json") if iteration else {},
             "seconds": read_json(paths.path / "seconds.json"),
+            "memory_mib": read_json(memory) if memory.exists() else {},
         }
         write_json(paths.metrics, metrics)
         for name, values in metrics["evaluation"].items():
@@ -266,7 +278,7 @@ class ReSTEMCallback(Callback):
                     "sampler_policies": self.policies,
                     "pool_iteration": self.e_step.pool_iteration,
                     "trained_from": self.trained_from,
-                    "policy_hash": policy.hash,
+                    "policy_hash": policy_hash,
                 },
             )
             _remove_checkpoints(paths.m_step)
