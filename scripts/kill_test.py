@@ -210,9 +210,10 @@ def _summary(run: RunDir) -> dict[str, Any]:
     for iteration in run.iterations():
         paths = run.iteration(iteration)
         metrics = read_json(paths.metrics)
-        for part, name in ((metrics, "seconds"), (metrics["e_step"], "seconds")):
-            part.pop(name, None)
-        metrics["e_step"].pop("tokens_per_s", None)
+        for name in ("seconds", "memory_mib"):
+            metrics.pop(name, None)
+        for name in ("seconds", "tokens_per_s"):
+            metrics["e_step"].pop(name, None)
         summary[f"metrics of {iteration}"] = json.dumps(metrics)
         if iteration:
             summary[f"accepted dataset of {iteration}"] = sha256_of(paths.accepted)

@@ -106,7 +106,7 @@ def outcome() -> Callable[[Any, int], dict]:
     def of(run: Any, iteration: int) -> dict:
         paths = run.iteration(iteration)
         metrics = read_json(paths.metrics)
-        del metrics["seconds"]
+        del metrics["seconds"], metrics["memory_mib"]
         for name in ("seconds", "tokens_per_s"):
             del metrics["e_step"][name]
         columns = ["problem_id", "completion_index", "completion_ids", "logprobs", "verdict"]

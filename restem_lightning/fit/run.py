@@ -4,7 +4,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from restem_lightning.fit.command_line import ReSTEMCLI, make_cli
 from restem_lightning.loop.callback import ReSTEMCallback
 from restem_lightning.loop.iteration import is_plateau
 from restem_lightning.loop.learned import learn_verifier, wants_verifier
-from restem_lightning.loop.ranks import is_of_lost_rank, leave_together
+from restem_lightning.loop.ranks import LostRank, is_of_lost_rank, leave_together
 from restem_lightning.loop.shared import Loop
 from restem_lightning.loop.stop_request import STOPPED_STATUS, Stopped, StopRequest
 from restem_lightning.loop.stoppable import StoppableTraining
@@ -87,7 +87,8 @@ def _stopping(run: RunDir, stop: StopRequest, *, command: str) -> Iterator[None]
                 file=sys.stderr,
             )
         if isinstance(error, Stopped):
-            leave_together()
+            with suppress(LostRank):  # what there is to say has been said
+                leave_together(stop.is_leaving)
         sys.exit(stop.status)
     except BaseException as error:  # torch's error of a checkpoint is no Exception
         if is_of_lost_rank(error):
@@ -176,7 +177,7 @@ def _run(cli: ReSTEMCLI, run: RunDir, stop: StopRequest) -> None:
         write_report([run.path], run.report)
         last = run.iteration(run.finished_iterations()[-1])
         print(f"\n{iteration_table(run.path)}\n\nreport  {run.report}\npolicy  {last.policy}")
-    leave_together()
+    leave_together(stop.is_leaving)
 
 
 def _outline(config: Any, made: Any, problems: dict[str, list[Problem]]) -> str:

@@ -86,14 +86,14 @@ def choose_balance(
                 show=f"balance T {temperature:g}",
                 on_part=on_part,
             )
-            barrier()
+            barrier(stage.is_leaving)
             for one in params.thresholds or (threshold,):
                 score = balance_score(_selected(store, one), params.num_wanted)
                 scores.append({"temperature": temperature, "threshold": one, "score": score})
         if is_rank_zero():
             best = max(scores, key=lambda row: row["score"])
             write_json(record, {**best, "scores": scores})
-        barrier()
+        barrier(stage.is_leaving)
     best = read_json(record)
     return best["temperature"], best["threshold"]
 

@@ -18,7 +18,7 @@ from restem_lightning.loop.ranks import barrier, is_rank_zero, rank_and_count
 from restem_lightning.loop.shared import Loop
 from restem_lightning.loop.stage import Policy, load_policy
 from restem_lightning.loop.stoppable import stop_if_asked
-from restem_lightning.loop.weights import hand_over, release_memory
+from restem_lightning.loop.weights import hand_over, held_memory_mib, release_memory
 from restem_lightning.m_step.checkpoints import remove_checkpoints
 from restem_lightning.m_step.export import export_policy, load_best
 from restem_lightning.m_step.optimizer_state import load_optimizer, save_optimizer
@@ -51,8 +51,7 @@ class ReSTEMCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The E-step: here ranks are connected and no training weights are in memory yet."""
         if self.iteration == 1 and not self.loop.run.iteration(0).metrics.exists():
-            self._measure(0, load_policy(self.loop.base, self.loop.engine))
-            release_memory()
+            self._measure(0, self.loop.base)
         if not self.paths.funnel.exists():
             self.e_step.run(self._stopwatch("e_step").lap)
             stop_if_asked(trainer, self.loop.stop)
@@ -62,6 +61,7 @@ class ReSTEMCallback(Callback):
             raise UserError(f"the accepted dataset is empty: {empty_reason(funnel)}")
         check_interval(trainer, -(-funnel["trained_on"] // trainer.datamodule.batch_size))
         trainer.datamodule.accepted = str(self.paths.accepted)
+        self._note_memory(self.iteration, "e_step")
         self.watch = self._stopwatch("m_step")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,8 +92,8 @@ class ReSTEMCallback(Callback):
             self._export(trainer, pl_module)
         pl_module.model = None
         release_memory()
-        self._measure(self.iteration, load_policy(str(self.paths.policy), self.loop.engine))
-        release_memory()
+        self._note_memory(self.iteration, "m_step")
+        self._measure(self.iteration, str(self.paths.policy))
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -127,7 +127,7 @@ class ReSTEMCallback(Callback):
             if warning := parity_warning(parity, self.policies[0]):
                 print(f"restem fit: iteration {self.iteration}: {warning}", file=sys.stderr)
             write_json(self.parity_json, parity)
-        barrier()
+        barrier(self.loop.stop.is_leaving)
 
     def _validation_reward(self, pl_module: LightningModule) -> float:
         """Returns the mean reward over D_val; each rank samples its share of the problems."""
@@ -186,9 +186,11 @@ class ReSTEMCallback(Callback):
         rewards = [reward for _, reward in self.val_rewards]
         return (max(rewards) if is_best else rewards[-1]) if rewards else None
 
-    def _measure(self, iteration: int, policy: Policy) -> None:
+    def _measure(self, iteration: int, folder: str) -> None:
         """Evaluates a policy on every set and writes the iteration's metrics, then its manifest."""
         loop, paths = self.loop, self.loop.run.iteration(iteration)
+        policy = load_policy(folder, loop.engine)
+        stage, hash_of_policy = loop.stage(policy, iteration), policy.hash
         watch = Stopwatch(paths.path / "seconds.json", "evaluation")
         for name, problems in loop.held_out.items():
             draw_evaluation(
@@ -196,18 +198,27 @@ class ReSTEMCallback(Callback):
                 name,
                 problems,
                 loop.evaluation,
-                loop.stage(policy, iteration),
+                stage,
                 e_step=loop.e_step,
                 on_part=watch.lap,
             )
-        barrier()
+        del policy, stage
+        release_memory()
+        barrier(loop.stop.is_leaving)
         watch.lap()
+        self._note_memory(iteration, "evaluation")
         if is_rank_zero():
-            self._finish(iteration, paths, policy)
-        barrier()
+            self._finish(iteration, paths, hash_of_policy)
+        barrier(loop.stop.is_leaving)
 
-    def _finish(self, iteration: int, paths: IterationDir, policy: Policy) -> None:
-        loop = self.loop
+    def _note_memory(self, iteration: int, stage: str) -> None:
+        """Writes down what rank 0 still holds behind a stage: it should not grow."""
+        if is_rank_zero() and (memory := held_memory_mib()) is not None:
+            path = self.loop.run.iteration(iteration).path / "memory_mib.json"
+            write_json(path, {**(read_json(path) if path.exists() else {}), stage: memory})
+
+    def _finish(self, iteration: int, paths: IterationDir, policy_hash: str) -> None:
+        loop, memory = self.loop, paths.path / "memory_mib.json"
         metrics = {
             "iteration": iteration,
             "evaluation": {
@@ -217,6 +228,7 @@ class ReSTEMCallback(Callback):
             "e_step": self.e_step.metrics() if iteration else {},
             "m_step": read_json(paths.m_step / "m_step.json") if iteration else {},
             "seconds": read_json(paths.path / "seconds.json"),
+            "memory_mib": read_json(memory) if memory.exists() else {},
         }
         write_json(paths.metrics, metrics)
         for name, values in metrics["evaluation"].items():
@@ -231,7 +243,7 @@ class ReSTEMCallback(Callback):
                     "sampler_policies": self.policies,
                     "pool_iteration": self.e_step.pool_iteration,
                     "trained_from": self.trained_from,
-                    "policy_hash": policy.hash,
+                    "policy_hash": policy_hash,
                 },
             )
             remove_checkpoints(paths.m_step)

@@ -122,7 +122,7 @@ def draw_pools(
 
     def fill(store: CompletionStore, some: list[Problem], stage: Stage, title: str) -> None:
         fill_store(store, some, stage, e_step=e_step, quota=quota, show=title, on_part=on_part)
-        barrier()
+        barrier(stage.is_leaving)
 
     def draw_with_hint(policy: Policy) -> None:
         solved = solved_problems(stores, selection)

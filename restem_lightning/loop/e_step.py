@@ -128,7 +128,9 @@ def fill_store(
     if is_rank_zero():
         store.check_key(key)
     judged_by = {**key, "verifiers": stage.verifiers.record}
-    with shared_pool(e_step.pool_cache, store, judged_by, num_parts=len(parts)):
+    with shared_pool(
+        e_step.pool_cache, store, judged_by, num_parts=len(parts), is_leaving=stage.is_leaving
+    ):
         _draw_missing(store, parts, stage, e_step=e_step, quota=quota, show=show, on_part=on_part)
 
 
@@ -174,7 +176,7 @@ def _draw_missing(
             bar.update()
             if stage.should_stop():
                 break
-    if any_rank(stage.should_stop(), is_leaving=stage.should_stop):
+    if any_rank(stage.should_stop(), stage.is_leaving):
         raise Stopped
 
 

@@ -84,14 +84,14 @@ class EStep:
                 show=f"E-step {self.iteration}",
                 on_part=on_part,
             )
-        barrier()
+        barrier(self.loop.stop.is_leaving)
         on_part()
         if self.loop.scoring.scorer is not None:
             self.loop.scoring.scorer.close()
             release_memory()
         if is_rank_zero():
             self._select()
-        barrier()
+        barrier(self.loop.stop.is_leaving)
 
     def metrics(self) -> dict[str, Any]:
         """Returns the E-step's part of metrics.json, from the pool and the funnel."""

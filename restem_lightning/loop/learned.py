@@ -126,7 +126,7 @@ def learn_verifier(
     if is_rank_zero():
         remove_checkpoints(paths.verifier_training)
         _measure(loop, paths, params, start=start, num_pairs=len(pairs))
-    barrier()
+    barrier(loop.stop.is_leaving)
 
 
 def score_evaluation(

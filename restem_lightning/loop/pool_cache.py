@@ -4,7 +4,7 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,12 @@ SHARED_JSON = "shared.json"  # in a pool that was linked: from where
 
 @contextmanager
 def shared_pool(
-    cache: str | None, store: CompletionStore, key: dict[str, Any], *, num_parts: int
+    cache: str | None,
+    store: CompletionStore,
+    key: dict[str, Any],
+    *,
+    num_parts: int,
+    is_leaving: Callable[[], bool] = bool,
 ) -> Iterator[None]:
     """Links a store's parts from the cache if they are there; else the block draws them for it.
 
@@ -31,6 +36,7 @@ def shared_pool(
         store: of this run, bound to its key already; what it holds itself is never replaced.
         key: all that determines the pool.
         num_parts: of the whole pool; a store that has fewer afterwards is not given to others.
+        is_leaving: asked where ranks wait for each other, see `any_rank`.
     """
     if cache is None:
         yield
@@ -40,7 +46,7 @@ def shared_pool(
         if is_rank_zero() and pool.exists() and not store.parts():
             _link_parts(pool, store.folder)
             write_json(store.folder / SHARED_JSON, {"from": str(pool)})
-        barrier()
+        barrier(is_leaving)
         yield
         if len(store.parts()) == num_parts and not pool.exists():  # the last rank sees them all
             _publish(store.folder, pool)

@@ -40,19 +40,33 @@ def group_store() -> dist.Store | None:
     return dist.distributed_c10d._get_default_store() if is_distributed() else None
 
 
-def leave_together() -> None:
-    """Waits for the others before this process ends: rank 0's end is the end of the store."""
-    barrier()
+def leave_together(is_leaving: Callable[[], bool]) -> None:
+    """Waits for the others before this process ends: rank 0's end is the end of the store.
+
+    Args:
+        is_leaving: as for `any_rank`.
+
+    Raises:
+        LostRank: as `any_rank`.
+    """
+    barrier(is_leaving)
     if is_distributed():
         dist.barrier()
 
 
-def barrier() -> None:
-    """Waits for the other ranks, if there are any, for as long as they take."""
-    any_rank(False)
+def barrier(is_leaving: Callable[[], bool]) -> None:
+    """Waits for the other ranks, if there are any.
+
+    Args:
+        is_leaving: as for `any_rank`.
+
+    Raises:
+        LostRank: as `any_rank`.
+    """
+    any_rank(False, is_leaving)
 
 
-def any_rank(is_so: bool, *, is_leaving: Callable[[], bool] = bool) -> bool:
+def any_rank(is_so: bool, is_leaving: Callable[[], bool]) -> bool:
     """Returns on every rank whether it is so on one of them; each waits for the others.
 
     A collective would end in a time-out (10 minutes with NCCL) while one rank still draws its last
@@ -61,10 +75,11 @@ def any_rank(is_so: bool, *, is_leaving: Callable[[], bool] = bool) -> bool:
 
     Args:
         is_so: this rank's answer.
-        is_leaving: whether this rank is told to stop; then it does not wait for long.
+        is_leaving: whether this process will soon be killed (`StopRequest.is_leaving`); then it
+            does not wait for long.
 
     Raises:
-        LostRank: it is told to stop, and another rank has not come in LOST_AFTER_S.
+        LostRank: it is leaving, and another rank has not come in LOST_AFTER_S.
     """
     store = group_store()
     if store is None:

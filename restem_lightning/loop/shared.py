@@ -82,4 +82,5 @@ class Loop:
             iteration=iteration,
             scoring=self.scoring,
             should_stop=self.stop.is_asked,
+            is_leaving=self.stop.is_leaving,
         )

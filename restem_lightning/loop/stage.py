@@ -89,6 +89,7 @@ class Stage:
         first_index: completion_index of each problem's first completion; pools that are united
             share none.
         should_stop: asked between completions.
+        is_leaving: asked where ranks wait for each other, see `any_rank`.
     """
 
     policy: Policy
@@ -101,6 +102,7 @@ class Stage:
     scoring: ScoringParams | None = None
     first_index: int = 0
     should_stop: Callable[[], bool] = bool  # never
+    is_leaving: Callable[[], bool] = bool
 
     @property
     def is_e_step(self) -> bool:

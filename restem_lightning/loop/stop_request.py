@@ -76,6 +76,13 @@ class StopRequest:
         is_late = self.deadline is not None and time.time() >= self.deadline
         return self.signum is not None or is_late
 
+    def is_leaving(self) -> bool:
+        """Returns whether a launcher may kill this process soon: torchrun does 30 s after these.
+
+        After SIGUSR1, or when the time is nearly up, there is time to wait for a slow rank.
+        """
+        return self.signum in (signal.SIGINT, signal.SIGTERM)
+
     def is_asked(self) -> bool:
         """Returns whether any rank wants to stop, as soon as this one can know; no rank waits."""
         store = group_store()

@@ -1,6 +1,8 @@
 """Weights between trainer and sampler: handed over and checked, then let go."""
 
 import gc
+import os
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -26,3 +28,17 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def held_memory_mib() -> float | None:
+    """Returns what this process holds now, in MiB: of its GPU, or without one of the machine.
+
+    None where the system does not say (no /proc).
+    """
+    if torch.cuda.is_available():
+        return round(torch.cuda.memory_reserved() / 2**20, 1)
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return None
+    num_pages = int(statm.read_text().split()[1])
+    return round(num_pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)

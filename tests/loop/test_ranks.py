@@ -61,13 +61,13 @@ def test_a_rank_ten_times_slower_takes_fewer_parts_and_delays_nobody(tmp_path):
         "from restem_lightning.loop.ranks import any_rank, leave_together\n"
         "dist.init_process_group('gloo')\n"
         "rank, taken = dist.get_rank(), []\n"
-        "any_rank(False)\n"
+        "any_rank(False, bool)\n"
         "for part in claims('test', 33):\n"
         "    taken.append(part)\n"
         "    time.sleep((0.05, 0.5)[rank])\n"
-        "assert any_rank(rank == 1) and not any_rank(False)\n"
+        "assert any_rank(rank == 1, bool) and not any_rank(False, bool)\n"
         f"open(f'{tmp_path}/{{rank}}', 'w').write(' '.join(map(str, taken)))\n"
-        "leave_together()\n"
+        "leave_together(bool)\n"
     )
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -76,3 +76,32 @@ def test_a_rank_ten_times_slower_takes_fewer_parts_and_delays_nobody(tmp_path):
     fast, slow = ((tmp_path / name).read_text().split() for name in "01")
     assert sorted(map(int, fast + slow)) == list(range(33))
     assert len(slow) <= 6  # a fair share would be 16
+
+
+def test_a_rank_that_waits_hears_that_its_launcher_ends_it(tmp_path):
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import os, signal, time\n"
+        "import torch.distributed as dist\n"
+        "from restem_lightning.loop import ranks\n"
+        "from restem_lightning.loop.stop_request import StopRequest\n"
+        "dist.init_process_group('gloo')\n"
+        "ranks.LOST_AFTER_S = 0.5\n"
+        "stop = StopRequest(reserve_s=0.0)\n"
+        "stop.install()\n"
+        "stop.is_patient = True\n"
+        "ranks.barrier(stop.is_leaving)\n"
+        "if dist.get_rank() == 1:\n"
+        "    time.sleep(1.0)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "try:\n"
+        "    ranks.barrier(stop.is_leaving)\n"
+        "except ranks.LostRank as lost:\n"
+        f"    open(f'{tmp_path}/lost', 'w').write(str(lost))\n"
+    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, *launcher, worker], env=environment, timeout=120)
+    assert done.returncode != 0
+    assert (tmp_path / "lost").read_text() == "1 of 2 ranks did not come"

@@ -27,7 +27,7 @@ def words(fit_words):
     """What follows `launch.sbatch`."""
 
     def of(run_dir, **changes):
-        made = fit_words(run_dir, **CHANGES, **changes)[1:]
+        made = fit_words(run_dir, **{**CHANGES, **changes})[1:]
         return [*made[:2], "--config", str(ROOT / "configs" / "multinode.yaml"), *made[2:]]
 
     return of
