@@ -20,7 +20,7 @@ from restem_lightning.selection import (
     SelectionParams,
     empty_reason,
     end_with_eos,
-    read_accepted,
+    iter_accepted,
     select_completions,
     write_accepted,
 )
@@ -320,14 +320,14 @@ def test_the_count_of_a_problem_is_raised_no_further_than_needed_or_possible():
 def test_two_writes_of_one_selection_have_the_same_bytes(tmp_path):
     for name, seed in (("a", 1), ("b", 2)):
         shuffled = random.Random(seed).sample(pool(), 240)
-        write_accepted(tmp_path / name, chosen_by(to_table(shuffled)).accepted)
+        write_accepted(tmp_path / name, [chosen_by(to_table(shuffled)).accepted])
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_the_accepted_dataset_survives_the_file(tmp_path):
     accepted = chosen_by(to_table(pool())).accepted
-    write_accepted(tmp_path / "accepted.parquet", accepted)
-    found = read_accepted(tmp_path / "accepted.parquet")
+    write_accepted(tmp_path / "accepted.parquet", [accepted])
+    (found,) = iter_accepted(tmp_path / "accepted.parquet")
     assert found.equals(accepted)
     assert found.schema.metadata == accepted.schema.metadata
 
@@ -335,10 +335,10 @@ def test_the_accepted_dataset_survives_the_file(tmp_path):
 def test_a_damaged_accepted_dataset_is_a_user_error(tmp_path):
     path = tmp_path / "accepted.parquet"
     with pytest.raises(UserError, match=r"accepted\.parquet is missing"):
-        read_accepted(path)
+        list(iter_accepted(path))
     path.write_bytes(b"PAR1 no more")
     with pytest.raises(UserError, match=r"accepted\.parquet is missing or damaged"):
-        read_accepted(path)
+        list(iter_accepted(path))
 
 
 def test_a_completion_that_is_there_twice_is_refused():
