@@ -51,6 +51,7 @@ M_STEP = (
     "packing",
     "preference",
     "probe",
+    "sequences",
     "shards",
     "stopping",
     "weights",

@@ -23,6 +23,7 @@ from restem_lightning.loop.stop_request import Stopped
 from restem_lightning.loop.weights import hand_over, release_memory
 from restem_lightning.m_step.export import export_policy, load_best
 from restem_lightning.m_step.optimizer_state import load_optimizer, save_optimizer
+from restem_lightning.m_step.sequences import remove_sequences
 from restem_lightning.run_dir import IterationDir, read_json, write_json
 from restem_lightning.selection import empty_reason
 
@@ -270,6 +271,7 @@ class ReSTEMCallback(Callback):
                 },
             )
             _remove_checkpoints(paths.m_step)
+            remove_sequences(paths.accepted)
             loop.run.iteration(iteration - 1).optimizer.unlink(missing_ok=True)
         loop.tracker.catch_up()
 
