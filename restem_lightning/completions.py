@@ -303,6 +303,15 @@ class CompletionStore:
         for part in self.parts():
             yield from _batches(part, columns)
 
+    def iter_parts(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Yields the completions part by part: all of a problem's are in one.
+
+        Raises:
+            UserError: as `read`.
+        """
+        for part in self.parts():
+            yield pa.Table.from_batches(_batches(part, columns))
+
     def completions_of(self, problem_id: str) -> list[Completion]:
         """Returns one problem's completions, reading its part only; none if it is in no part.
 
