@@ -58,6 +58,11 @@ SCHEMA = pa.schema(
     metadata=SCHEMA_METADATA,
 )
 
+# Log-probabilities, token ids and texts hardly repeat: dictionaries of them cost time and space.
+_REPEATED = [
+    field.name for field in SCHEMA if not pa.types.is_list(field.type) and field.name != "text"
+]
+
 
 class VerdictKind(str, Enum):
     """What a verifier says of one completion."""
@@ -232,7 +237,8 @@ class CompletionStore:
         entry = path.with_suffix(".json")
         assert not entry.exists(), f"{path} is finished; delete_part comes first"
         with atomic_path(path) as temporary:
-            pq.write_table(to_table(completions), temporary, compression="zstd")
+            table = to_table(completions)
+            pq.write_table(table, temporary, compression="zstd", use_dictionary=_REPEATED)
             digest = sha256_of(temporary)
         problem_ids = list(dict.fromkeys(completion.problem_id for completion in completions))
         record = {"num_rows": len(completions), "sha256": digest, "problem_ids": problem_ids}
