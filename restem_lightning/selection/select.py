@@ -187,7 +187,7 @@ def _empty_buckets(source: Source) -> tuple[Buckets, int]:
     parts = [part for store in stores for part in store.parts()]
     problem_ids = sorted({problem_id for part in parts for problem_id in part.problem_ids})
     num_rows = sum(part.num_rows for part in parts)
-    folder = stores[0].folder if parts else None
+    folder = parts[0].path.parent if parts else None
     return Buckets(problem_ids, num_rows, folder=folder), len(problem_ids)
 
 
