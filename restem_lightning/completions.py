@@ -59,9 +59,7 @@ SCHEMA = pa.schema(
 )
 
 # Log-probabilities, token ids and texts hardly repeat: dictionaries of them cost time and space.
-_REPEATED = [
-    field.name for field in SCHEMA if not pa.types.is_list(field.type) and field.name != "text"
-]
+_REPEATED = [one.name for one in SCHEMA if one.name != "text" and not pa.types.is_list(one.type)]
 
 
 class VerdictKind(str, Enum):
@@ -310,11 +308,7 @@ class CompletionStore:
             yield from _batches(part, columns)
 
     def iter_parts(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Yields the completions part by part: all of a problem's are in one.
-
-        Raises:
-            UserError: as `read`.
-        """
+        """Yields the completions part by part, all of a problem's in one; raises as `read`."""
         for part in self.parts():
             yield pa.Table.from_batches(_batches(part, columns))
 
