@@ -1,7 +1,7 @@
 """Time and memory of all that handles completions between sampling and training, by their number.
 
-    python scripts/benchmarks/bench_pool.py                # the paper's 7,500 x 32, and ten times
-    python scripts/benchmarks/bench_pool.py --problems 750000 --tokens 24  # a hundred times, short
+    python scripts/benchmarks/bench_pool.py                            # the paper's 7,500 x 32, and ten times
+    python scripts/benchmarks/bench_pool.py --problems 750000 --copied  # a hundred times
 
 Synthetic completions go through the parts of a pool, its checksums, the selection, the index of the
 M-step's packing and the metrics. Each stage runs in a process of its own, so that its peak memory
@@ -50,6 +50,28 @@ def write_parts(folder: Path, num_problems: int, tokens: int) -> np.ndarray:
         store.write_part(start // PROBLEMS_PER_PART, part)
         seconds += clock() - before
     return seconds
+
+
+def copy_parts(folder: Path, num_problems: int, tokens: int) -> None:
+    """Writes the pool as copies of its first part under other problem ids, in a fraction of time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from restem_lightning.completions import SCHEMA, CompletionStore
+    from restem_lightning.run_dir import sha256_of, write_json
+
+    write_parts(folder, PROBLEMS_PER_PART, tokens)
+    first = CompletionStore(folder / "completions").read()
+    place = SCHEMA.get_field_index("problem_id")
+    for index in range(1, num_problems // PROBLEMS_PER_PART):
+        numbers = range(index * PROBLEMS_PER_PART, (index + 1) * PROBLEMS_PER_PART)
+        problem_ids = [f"problem/{number:08}" for number in numbers]
+        column = pa.array([one for one in problem_ids for _ in range(N)])
+        path = folder / "completions" / f"part-{index:05d}.parquet"
+        table = first.set_column(place, SCHEMA.field(place), column)
+        pq.write_table(table, path, compression="zstd")
+        entry = {"num_rows": first.num_rows, "sha256": sha256_of(path), "problem_ids": problem_ids}
+        write_json(path.with_suffix(".json"), entry)
 
 
 def clock() -> np.ndarray:
@@ -126,6 +148,7 @@ def measure_metrics(folder: Path, *_: int) -> None:
 
 STAGES = {
     "write parts": write_parts,
+    "copy parts": copy_parts,
     "checksums": check,
     "selection": select,
     "packing": pack,
@@ -153,6 +176,7 @@ def main() -> None:
     )
     parser.add_argument("--problems", type=int, nargs="+", default=[7500, 75_000], help="sizes")
     parser.add_argument("--tokens", type=int, default=120, help="most of a completion")
+    parser.add_argument("--copied", action="store_true", help="copies of one part, all stages else")
     parser.add_argument("--quick", action="store_true", help="a tiny pool, nothing recorded")
     parser.add_argument("--stage", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -164,7 +188,8 @@ def main() -> None:
     print(f"{'stage':12}" + "".join(f"{head:>12}" for head in heads))
     for num_problems in [8] if arguments.quick else arguments.problems:
         with tempfile.TemporaryDirectory() as folder:
-            for stage in STAGES:
+            left_out = "write parts" if arguments.copied else "copy parts"
+            for stage in [stage for stage in STAGES if stage != left_out]:
                 words = ["--stage", stage, folder, str(num_problems), str(arguments.tokens)]
                 done = subprocess.run(
                     [sys.executable, __file__, *words],
@@ -179,6 +204,7 @@ def main() -> None:
                 print(f"{stage:12}{num_problems * N:12,}{numbers}", flush=True)
                 if not arguments.quick:
                     settings = {"problems": num_problems, "n": N, "tokens": arguments.tokens}
+                    settings |= {"copied": arguments.copied}
                     settings |= {"cpu_s": round(got["cpu_s"], 1)}
                     settings |= {"peak_mb": round(got["mb"]), "grown_mb": round(got["grown_mb"])}
                     record("bench_pool", stage, settings, [got["seconds"]], "seconds")
