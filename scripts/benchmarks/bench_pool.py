@@ -1,7 +1,7 @@
 """Time and memory of all that handles completions between sampling and training, by their number.
 
-    python scripts/benchmarks/bench_pool.py                            # the paper's 7,500 x 32, and ten times
-    python scripts/benchmarks/bench_pool.py --problems 750000 --copied  # a hundred times
+    python scripts/benchmarks/bench_pool.py                             # 7,500 x 32 and 10 times
+    python scripts/benchmarks/bench_pool.py --problems 750000 --copied  # 100 times
 
 Synthetic completions go through the parts of a pool, its checksums, the selection, the index of the
 M-step's packing and the metrics. Each stage runs in a process of its own, so that its peak memory
@@ -53,7 +53,7 @@ def write_parts(folder: Path, num_problems: int, tokens: int) -> np.ndarray:
 
 
 def copy_parts(folder: Path, num_problems: int, tokens: int) -> None:
-    """Writes the pool as copies of its first part under other problem ids, in a fraction of time."""
+    """Writes the pool as copies of its first part under other problem ids, which is fast."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
