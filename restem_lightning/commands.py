@@ -29,7 +29,7 @@ def sample(words: list[str]) -> None:
     from restem_lightning.selection import (
         SelectionParams,
         end_with_eos,
-        select_completions,
+        stream_accepted,
         write_accepted,
     )
     from restem_lightning.settings import resolve_policy
@@ -52,10 +52,10 @@ def sample(words: list[str]) -> None:
     output = Path(made.output)
     store = CompletionStore(output / "completions")
     eos_ids = _draw_sample(made, store)
-    selection = select_completions(store, made.selection)
-    write_accepted(output / "accepted.parquet", end_with_eos(selection.accepted, eos_ids))
-    num_skipped = count_skipped([store], made.sampling.n)
-    funnel = {**selection.funnel, "num_skipped": num_skipped}
+    funnel: dict[str, Any] = {}
+    accepted = stream_accepted(store, made.selection, funnel)
+    write_accepted(output / "accepted.parquet", (end_with_eos(one, eos_ids) for one in accepted))
+    funnel["num_skipped"] = count_skipped([store], made.sampling.n)
     write_json(output / "funnel.json", funnel)
     print(json.dumps(funnel))
     if made.e_step.parity_completions:

@@ -58,6 +58,9 @@ SCHEMA = pa.schema(
     metadata=SCHEMA_METADATA,
 )
 
+# Log-probabilities, token ids and texts hardly repeat: dictionaries of them cost time and space.
+_REPEATED = [one.name for one in SCHEMA if one.name != "text" and not pa.types.is_list(one.type)]
+
 
 class VerdictKind(str, Enum):
     """What a verifier says of one completion."""
@@ -232,7 +235,8 @@ class CompletionStore:
         entry = path.with_suffix(".json")
         assert not entry.exists(), f"{path} is finished; delete_part comes first"
         with atomic_path(path) as temporary:
-            pq.write_table(to_table(completions), temporary, compression="zstd")
+            table = to_table(completions)
+            pq.write_table(table, temporary, compression="zstd", use_dictionary=_REPEATED)
             digest = sha256_of(temporary)
         problem_ids = list(dict.fromkeys(completion.problem_id for completion in completions))
         record = {"num_rows": len(completions), "sha256": digest, "problem_ids": problem_ids}
@@ -302,6 +306,11 @@ class CompletionStore:
         """
         for part in self.parts():
             yield from _batches(part, columns)
+
+    def iter_parts(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Yields the completions part by part, all of a problem's in one; raises as `read`."""
+        for part in self.parts():
+            yield pa.Table.from_batches(_batches(part, columns))
 
     def completions_of(self, problem_id: str) -> list[Completion]:
         """Returns one problem's completions, reading its part only; none if it is in no part.

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -152,7 +152,7 @@ def bootstrap(values: Sequence[float] | np.ndarray, *, seed: int = 0) -> Estimat
 
 
 def evaluate_table(
-    samples: Sequence[Sequence[tuple[bool, str | None]]] = (),
+    samples: Iterable[Sequence[tuple[bool, str | None]]] = (),
     greedy: Sequence[bool] = (),
     *,
     ks: Sequence[int] = (1,),
@@ -165,7 +165,8 @@ def evaluate_table(
 
     Args:
         samples: per problem, (correct, extracted answer) of each of its sampled completions;
-            empty if only greedy decoding was done.
+            empty if only greedy decoding was done. Iterated twice, so that what is read from a
+            file need not be held.
         greedy: per problem, whether the greedy completion is correct; empty if there is none.
         ks: the k of pass@k, each at most the number of completions; 1 is always added.
         seed: of the bootstrap.
@@ -176,13 +177,14 @@ def evaluate_table(
     metrics: dict[str, Estimate] = {}
     if greedy:
         metrics["greedy_pass@1"] = wilson(sum(map(bool, greedy)), len(greedy))
-    if samples:
-        num_samples = np.array([len(problem) for problem in samples])
-        num_correct = np.array([sum(bool(correct) for correct, _ in row) for row in samples])
+    counts = [(len(problem), sum(bool(right) for right, _ in problem)) for problem in samples]
+    if counts:
+        # Few of the pairs differ, and a pass@k holds k numbers of each at a time.
+        pairs, place = np.unique(np.array(counts), axis=0, return_inverse=True)
         for k in sorted({1, *ks}):
-            values = pass_at_k(num_samples, num_correct, k)
+            values = pass_at_k(pairs[:, 0], pairs[:, 1], k)[place.reshape(-1)]
             metrics[f"pass@{k}"] = bootstrap(values, seed=seed)
-        n = int(num_samples.min())
+        n = int(pairs[:, 0].min())
         if n > 1:
             votes = [_majority_of_problem(problem, n) for problem in samples]
             metrics[f"maj@{n}"] = bootstrap(votes, seed=seed)

@@ -50,6 +50,7 @@ M_STEP = (
     "packing",
     "preference",
     "probe",
+    "sequences",
     "shards",
     "stopping",
     "weights",

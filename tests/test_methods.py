@@ -7,6 +7,7 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import yaml
 
@@ -173,10 +174,10 @@ def trained_on(objects, pool=None, earlier=(), seed=0):
     selection = replace(objects.selection, seed=seed)
     accepted = select_completions(table(pool), selection).accepted
     mixed = mix(
-        accepted, objects.mix, problems=PROBLEMS, template=FewShotPrompt(), tokenizer=Letters(),
+        [accepted], objects.mix, problems=PROBLEMS, template=FewShotPrompt(), tokenizer=Letters(),
         earlier=earlier,
     )  # fmt: skip
-    rows = mixed.to_pylist()
+    rows = pa.concat_tables(mixed).to_pylist()
     return {(r["iteration"], r["problem_id"], r["completion_index"]): r["weight"] for r in rows}
 
 
@@ -223,8 +224,14 @@ def test_sft_draws_nothing_and_sees_all_human_solutions():
     objects = made("sft_human")
     assert objects.draw.num_problems == 0
     accepted = select_completions([], objects.selection).accepted
-    mixed = mix(
-        accepted, objects.mix, problems=PROBLEMS, template=FewShotPrompt(), tokenizer=Letters()
+    mixed = pa.concat_tables(
+        mix(
+            [accepted],
+            objects.mix,
+            problems=PROBLEMS,
+            template=FewShotPrompt(),
+            tokenizer=Letters(),
+        )
     )
     assert mixed["text"].to_pylist() == [f" solution of {p.problem_id}" for p in PROBLEMS]
     prompt = "Q: easy?\nA:"
@@ -366,10 +373,10 @@ def test_v_star_pools_what_was_right_in_all_rounds_with_human_solutions():
     rows = [completion(key, *value, iteration=2) for key, value in old.items()]
     before = select_completions(to_table(rows), objects.selection).accepted
     human = mix(
-        before, objects.mix, problems=PROBLEMS, template=FewShotPrompt(), tokenizer=Letters()
+        [before], objects.mix, problems=PROBLEMS, template=FewShotPrompt(), tokenizer=Letters()
     )
     expected = ones(ALL_RIGHT) | ones([("lost", 0)], iteration=2) | HUMAN
-    assert trained_on(objects, earlier=[human]) == expected
+    assert trained_on(objects, earlier=human) == expected
 
 
 def test_b_star_scores_a_threshold_by_how_many_are_kept_and_how_many_are_right():

@@ -2,6 +2,7 @@ import math
 import random
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import pyarrow as pa
 import pytest
@@ -17,13 +18,19 @@ from restem_lightning.equations import equations
 from restem_lightning.errors import UserError
 from restem_lightning.selection import (
     ACCEPTED_SCHEMA,
+    HINT,
     SelectionParams,
+    buckets,
     empty_reason,
     end_with_eos,
-    read_accepted,
+    iter_accepted,
     select_completions,
+    solved_problems,
+    stream_accepted,
     write_accepted,
 )
+from restem_lightning.selection import accepted as accepted_module
+from restem_lightning.selection.buckets import Buckets
 from restem_lightning.selection.rules import edit_distance
 
 KINDS = [VerdictKind.CORRECT, VerdictKind.WRONG, VerdictKind.NO_ANSWER]
@@ -320,14 +327,88 @@ def test_the_count_of_a_problem_is_raised_no_further_than_needed_or_possible():
 def test_two_writes_of_one_selection_have_the_same_bytes(tmp_path):
     for name, seed in (("a", 1), ("b", 2)):
         shuffled = random.Random(seed).sample(pool(), 240)
-        write_accepted(tmp_path / name, chosen_by(to_table(shuffled)).accepted)
+        write_accepted(tmp_path / name, [chosen_by(to_table(shuffled)).accepted])
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_the_bytes_do_not_depend_on_how_the_rows_are_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(accepted_module, "ROW_GROUP", 7)
+    whole = chosen_by(to_table(pool()), threshold="none").accepted
+    pieces = [whole.slice(start, 5) for start in range(0, whole.num_rows, 5)]
+    for name, tables in (("a", [whole]), ("b", pieces)):
+        assert write_accepted(tmp_path / name, tables) == whole.num_rows
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    read = list(iter_accepted(tmp_path / "a"))
+    assert [table.num_rows for table in read[:-1]] == [7] * (len(read) - 1)
+    assert pa.concat_tables(read).equals(whole)
+
+
+def stores(folder, num_problems) -> list[CompletionStore]:
+    """Two pools of problems in some order, and hinted completions of every third problem."""
+    rng, pools = random.Random(num_problems), []
+    for number, (name, purpose, every) in enumerate([("a", "", 1), ("b", "", 1), ("c", HINT, 3)]):
+        problems = rng.sample(range(0, num_problems, every), num_problems // every)
+        pools.append(CompletionStore(folder / name))
+        for start in range(0, len(problems), 16):
+            part = [
+                replace(
+                    completion(f"p{problem}", 6 * number + index, rng.choice("abc")),
+                    purpose=purpose,
+                    prompt_ids=[problem, number],
+                    verdict=Verdict(kind=rng.choice(KINDS), extracted=rng.choice("12")),
+                )
+                for problem in problems[start : start + 16]
+                for index in range(6)
+            ]
+            pools[-1].write_part(start // 16, part)
+    return pools
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"dedupe": "exact", "max_per_problem": 3},
+        {"rewards": "majority", "select": "random", "max_per_problem": 2},
+        {"quota": "fail_rate", "probe": 8, "select": "diverse", "min_total": 300},
+        {"random_control": True, "max_per_problem": 2},
+        {"threshold": "none", "max_per_problem": None, "weight": "reward"},
+    ],
+)
+def test_a_pool_that_memory_does_not_hold_gives_the_same(tmp_path, monkeypatch, arguments):
+    pools, params = stores(tmp_path, 100), SelectionParams(**arguments)
+    whole = select_completions(pools, params)
+    assert whole.accepted.num_rows > 0
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", 4096)
+    funnel = {}
+    pieces = list(stream_accepted(pools, params, funnel))
+    assert len(pieces) > 5
+    assert pa.concat_tables(pieces).combine_chunks().equals(whole.accepted)
+    assert funnel == whole.funnel
+    assert len(solved_problems(pools, params)) == funnel["num_solved"]
+
+
+@pytest.mark.parametrize("num_problems", [50, 400])
+def test_no_more_is_held_of_a_large_pool_than_of_a_small_one(monkeypatch, num_problems):
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", 16_384)
+    rows = to_table(pool(num_problems)).select(["problem_id", "text", "completion_ids"])
+    batches = rows.to_batches(max_chunksize=50)
+    names = sorted(f"p{number}" for number in range(num_problems))
+    shared = Buckets(names, rows.num_rows)
+    before = pa.total_allocated_bytes()
+    for batch in batches:
+        shared.add(batch, out_of=batch.num_rows)
+        assert pa.total_allocated_bytes() - before < 2 * 16_384
+    ranges = [table["problem_id"].to_pylist() for table in shared]
+    assert max(map(len, ranges)) < 600
+    assert all(max(one) < min(other) for one, other in pairwise(ranges))
+    found = [problem_id for one in ranges for problem_id in one]
+    assert sorted(found) == sorted(rows["problem_id"].to_pylist())
 
 
 def test_the_accepted_dataset_survives_the_file(tmp_path):
     accepted = chosen_by(to_table(pool())).accepted
-    write_accepted(tmp_path / "accepted.parquet", accepted)
-    found = read_accepted(tmp_path / "accepted.parquet")
+    write_accepted(tmp_path / "accepted.parquet", [accepted])
+    (found,) = iter_accepted(tmp_path / "accepted.parquet")
     assert found.equals(accepted)
     assert found.schema.metadata == accepted.schema.metadata
 
@@ -335,10 +416,10 @@ def test_the_accepted_dataset_survives_the_file(tmp_path):
 def test_a_damaged_accepted_dataset_is_a_user_error(tmp_path):
     path = tmp_path / "accepted.parquet"
     with pytest.raises(UserError, match=r"accepted\.parquet is missing"):
-        read_accepted(path)
+        list(iter_accepted(path))
     path.write_bytes(b"PAR1 no more")
     with pytest.raises(UserError, match=r"accepted\.parquet is missing or damaged"):
-        read_accepted(path)
+        list(iter_accepted(path))
 
 
 def test_a_completion_that_is_there_twice_is_refused():

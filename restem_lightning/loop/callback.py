@@ -22,6 +22,7 @@ from restem_lightning.loop.weights import hand_over, held_memory_mib, release_me
 from restem_lightning.m_step.checkpoints import remove_checkpoints
 from restem_lightning.m_step.export import export_policy, load_best
 from restem_lightning.m_step.optimizer_state import load_optimizer, save_optimizer
+from restem_lightning.m_step.sequences import remove_sequences
 from restem_lightning.run_dir import IterationDir, read_json, write_json
 from restem_lightning.selection import empty_reason
 
@@ -247,6 +248,7 @@ class ReSTEMCallback(Callback):
                 },
             )
             remove_checkpoints(paths.m_step)
+            remove_sequences(paths.accepted)
             loop.run.iteration(iteration - 1).optimizer.unlink(missing_ok=True)
         loop.tracker.catch_up()
 

@@ -131,8 +131,8 @@ def measure(folder: Path, evaluation: EvaluationParams) -> dict[str, Any]:
         folder: as given to `draw_evaluation`.
         evaluation: what was drawn.
     """
-    greedy = [rows[0][0] for rows in _by_problem(folder / "greedy")] if evaluation.greedy else []
-    samples = list(_by_problem(folder / "sampled")) if evaluation.n else []
+    greedy = [rows[0][0] for rows in _Stored(folder / "greedy")] if evaluation.greedy else []
+    samples = _Stored(folder / "sampled") if evaluation.n else ()
     return evaluate_table(samples, greedy, ks=evaluation.ks)
 
 
@@ -141,13 +141,22 @@ def total_reward(problems: Sequence[Problem], stage: Stage) -> float:
     return sum(judged.completion.verdict.reward for judged in verified_completions(problems, stage))
 
 
-def _by_problem(folder: Path) -> Iterator[list[tuple[bool, str | None]]]:
-    """Yields for each problem the (correct, extracted) of its completions in order."""
-    rows = defaultdict(list)
-    columns = ["problem_id", "completion_index", "verdict", "extracted"]
-    for row in CompletionStore(folder).read(columns).to_pylist():
-        correct = row["verdict"] == VerdictKind.CORRECT.value
-        rows[row["problem_id"]].append((row["completion_index"], correct, row["extracted"]))
-    for problem in rows.values():
-        problem.sort(key=lambda row: row[0])
-        yield [(correct, extracted) for _, correct, extracted in problem]
+@dataclass(frozen=True)
+class _Stored:
+    """For each problem of a store the (correct, extracted) of its completions in order."""
+
+    folder: Path
+
+    def __iter__(self) -> Iterator[list[tuple[bool, str | None]]]:
+        """Reads the store, one part in memory at a time."""
+        columns = ["problem_id", "completion_index", "verdict", "extracted"]
+        for part in CompletionStore(self.folder).iter_parts(columns):
+            rows = defaultdict(list)
+            for problem_id, index, verdict, extracted in zip(
+                *(part[name].to_pylist() for name in columns), strict=True
+            ):
+                correct = verdict == VerdictKind.CORRECT.value
+                rows[problem_id].append((index, correct, extracted))
+            for problem in rows.values():
+                problem.sort(key=lambda row: row[0])
+                yield [(correct, extracted) for _, correct, extracted in problem]

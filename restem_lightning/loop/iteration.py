@@ -22,8 +22,8 @@ from restem_lightning.problems import Problem
 from restem_lightning.run_dir import RunDir, read_json, write_json
 from restem_lightning.selection import (
     end_with_eos,
-    read_accepted,
-    select_completions,
+    iter_accepted,
+    stream_accepted,
     write_accepted,
 )
 
@@ -156,31 +156,30 @@ class EStep:
         loop, stores = self.loop, self.stores()
         for store in stores:
             store.verify_checksums()
-        selection = select_completions(stores, loop.selection)
-        mixed = self._mix(selection.accepted)
+        funnel: dict[str, Any] = {}
+        mixed = self._mix(stream_accepted(stores, loop.selection, funnel))
+        eos = eos_ids(loop.base)
+        num_mixed = write_accepted(self.paths.accepted, (end_with_eos(one, eos) for one in mixed))
         num_skipped = count_skipped(stores, loop.sampling.n)
-        funnel = {
-            **selection.funnel, "num_skipped": num_skipped, "trained_on": mixed.num_rows,
-        }  # fmt: skip
+        funnel |= {"num_skipped": num_skipped, "trained_on": num_mixed}
         print(
             f"iteration {self.iteration}: "
             + " -> ".join(f"{stage.replace('_', ' ')} {funnel[stage]}" for stage in STAGES)
             + f"; {funnel['num_solved']} of {funnel['num_problems']} problems solved"
             + (f"; {num_skipped} not drawn, the quota was met" if num_skipped else "")
-            + (f"; {mixed.num_rows} to train on" if mixed.num_rows != funnel["accepted"] else "")
+            + (f"; {num_mixed} to train on" if num_mixed != funnel["accepted"] else "")
         )
-        write_accepted(self.paths.accepted, end_with_eos(mixed, eos_ids(loop.base)))
         (self.paths.path / "parity.json").unlink(missing_ok=True)  # that of another pool
         write_json(self.paths.funnel, funnel)
         loop.tracker.catch_up()
 
-    def _mix(self, accepted: pa.Table) -> pa.Table:
-        """Returns what the M-step trains on."""
+    def _mix(self, accepted: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        """Yields what the M-step trains on."""
         loop = self.loop
 
         def earlier() -> Iterator[pa.Table]:
             for number in range(1, self.iteration):
-                yield read_accepted(loop.run.iteration(number).accepted)
+                yield from iter_accepted(loop.run.iteration(number).accepted)
 
         return mix(
             accepted,

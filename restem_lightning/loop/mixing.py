@@ -1,18 +1,18 @@
 """What the M-step trains on beside this iteration's accepted completions."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from restem_lightning.errors import UserError
 from restem_lightning.problems import Problem
 from restem_lightning.prompts import PromptTemplate, encode_prompt
-from restem_lightning.selection import ACCEPTED_SCHEMA
+from restem_lightning.selection import ACCEPTED_SCHEMA, ROW_GROUP
 
 Human = Literal["none", "all", "solved"]
-_ADDRESS = ("iteration", "problem_id", "completion_index")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,40 +48,46 @@ class MixParams:
 
 
 def mix(
-    accepted: pa.Table,
+    accepted: Iterable[pa.Table],
     params: MixParams,
     *,
     problems: Sequence[Problem],
     template: PromptTemplate,
     tokenizer: Any,
     earlier: Iterable[pa.Table] = (),
-) -> pa.Table:
-    """Returns what the M-step trains on: a table of ACCEPTED_SCHEMA.
+) -> Iterator[pa.Table]:
+    """Yields what the M-step trains on, in tables of ACCEPTED_SCHEMA.
 
     The order is: this iteration's completions, those of earlier iterations, human solutions. A
     completion that was accepted in several iterations (from one pool) is there once.
 
     Args:
-        accepted: of this iteration.
+        accepted: of this iteration, in pieces.
         params: the settings.
         problems: all training problems.
         template: makes the prompts of human solutions.
         tokenizer: of the policy.
-        earlier: the accepted datasets of earlier iterations, oldest first.
+        earlier: the accepted datasets of earlier iterations, oldest first, in pieces.
     """
-    parts = [accepted] if params.model else []
-    if params.model and params.earlier:
-        seen = set(_addresses(accepted))
-        for table in earlier:
-            addresses = _addresses(table)
-            is_new = [one not in seen and one[0] > 0 for one in addresses]
-            seen.update(addresses)
-            parts.append(table.filter(pa.array(is_new, pa.bool_())))
+    wants_earlier = params.model and params.earlier
+    seen: set[str] = set()
+    solved: set[str] = set()
+    for table in accepted:
+        solved.update(pc.unique(table["problem_id"]).to_pylist())
+        if wants_earlier:
+            seen.update(_addresses(table))
+        if params.model:
+            yield table
+    for table in earlier if wants_earlier else ():
+        # A human solution is of iteration 0; it is added anew below.
+        is_new = [one not in seen and not one.startswith("0/") for one in _addresses(table)]
+        seen.update(_addresses(table))
+        yield table.filter(pa.array(is_new, pa.bool_()))
     if params.human != "none":
-        solved = set(accepted["problem_id"].to_pylist())
         wanted = [one for one in problems if params.human == "all" or one.problem_id in solved]
-        parts.append(human_solutions(wanted, template, tokenizer, params.human_weight))
-    return pa.concat_tables(parts).combine_chunks()
+        for first in range(0, len(wanted), ROW_GROUP):
+            some = wanted[first : first + ROW_GROUP]
+            yield human_solutions(some, template, tokenizer, params.human_weight)
 
 
 def human_solutions(
@@ -112,5 +118,7 @@ def human_solutions(
     return pa.Table.from_pylist(rows, schema=ACCEPTED_SCHEMA)
 
 
-def _addresses(table: pa.Table) -> list[tuple[Any, ...]]:
-    return list(zip(*(table[name].to_pylist() for name in _ADDRESS), strict=True))
+def _addresses(table: pa.Table) -> list[str]:
+    """Returns iteration/completion_index/problem_id of each row."""
+    columns = (table[name].to_pylist() for name in ("iteration", "completion_index", "problem_id"))
+    return ["/".join(map(str, address)) for address in zip(*columns, strict=True)]

@@ -1,70 +1,14 @@
 """The accepted dataset as a Lightning datamodule: one batch is one optimizer step."""
 
-import math
-from pathlib import Path
-
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from restem_lightning.errors import UserError
-from restem_lightning.m_step.packing import StepBatch, TrainingSequence, pack_step
+from restem_lightning.m_step.packing import StepBatch, pack_step
+from restem_lightning.m_step.sequences import MappedSequences, write_sequences
 from restem_lightning.m_step.step_loader import StepLoader
-
-_COLUMNS = ["prompt_ids", "completion_ids", "weight"]
-
-
-def read_accepted(path: str | Path) -> list[TrainingSequence]:
-    """Returns the sequences of an accepted dataset in file order.
-
-    Raises:
-        UserError: if a column is missing, no row is there, or a row cannot be trained on.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"accepted ({path}) must be a parquet file; run the E-step first")
-    missing = set(_COLUMNS) - set(pq.read_schema(path).names)
-    if missing:
-        raise UserError(f"accepted ({path}) must have the columns {_COLUMNS}; add {missing}")
-    table = pq.read_table(path, columns=_COLUMNS)
-    if table.num_rows == 0:
-        raise UserError(
-            f"accepted ({path}) holds 0 completions, at least 1 is needed; sample more completions"
-            " per problem, use easier problems or a better prompt"
-        )
-    prompts, completions = (_token_lists(table[name]) for name in _COLUMNS[:2])
-    weights = table["weight"].to_numpy()
-    sequences = []
-    for row, (prompt, completion, weight) in enumerate(
-        zip(prompts, completions, weights, strict=True)
-    ):
-        if len(prompt) == 0 or len(completion) == 0:
-            raise UserError(
-                f"row {row} of accepted ({path}) has {len(prompt)} prompt and {len(completion)}"
-                " completion tokens, each must be at least 1; drop it or add BOS to the prompt"
-            )
-        if not (math.isfinite(weight) and weight >= 0):
-            raise UserError(
-                f"weight ({weight}) in row {row} of accepted ({path}) must be finite and >= 0;"
-                " mend the weighting"
-            )
-        ids = np.concatenate([prompt, completion])
-        sequences.append(TrainingSequence(ids, len(prompt), float(weight)))
-    if not any(sequence.weight > 0 for sequence in sequences):
-        raise UserError(f"all weights of accepted ({path}) are 0; at least 1 must be more")
-    return sequences
-
-
-def _token_lists(column: pa.ChunkedArray) -> list[np.ndarray]:
-    """Views of each row's int32 ids, without one Python object per token."""
-    lists = []
-    for chunk in column.chunks:
-        values = chunk.flatten().to_numpy().astype(np.int32, copy=False)
-        ends = np.cumsum(chunk.value_lengths().to_numpy(zero_copy_only=False))
-        lists += np.split(values, ends[:-1])
-    return lists
 
 
 class AcceptedDataModule(LightningDataModule):
@@ -123,10 +67,15 @@ class AcceptedDataModule(LightningDataModule):
         """
         if self.accepted is None:
             raise UserError("accepted (null) must be a parquet file; set data.accepted")
-        sequences = read_accepted(self.accepted)
-        longest = max(len(sequence.ids) for sequence in sequences)
+        if self.trainer is None or self.trainer.is_global_zero:
+            write_sequences(self.accepted)
+        if self.trainer is not None:
+            self.trainer.strategy.barrier()
+        sequences = MappedSequences(self.accepted)
+        lengths = sequences.lengths()
+        longest = int(lengths.max())
         most = self.max_sequence_tokens or longest
-        kept = [sequence for sequence in sequences if len(sequence.ids) <= most]
+        kept = sequences if longest <= most else sequences.where(lengths <= most)
         dropped = len(sequences) - len(kept)
         if not kept:
             raise UserError(

@@ -51,11 +51,14 @@ class StepLoader(Generic[Batch]):
         Lightning takes what its own epoch still needs (less, after a resume or under
         `limit_train_batches`) and never asks for the end, so the place moves with each batch.
         """
+        order, ordered_epoch = None, None
         for _ in range(len(self)):
             if self.next_step == len(self):
                 self.epoch, self.next_step = self.epoch + 1, 0
+            if ordered_epoch != self.epoch:
+                order = epoch_order(self.num_items, self.seed, self.epoch)
+                ordered_epoch = self.epoch
             at = self.next_step * self.batch_size
-            order = epoch_order(self.num_items, self.seed, self.epoch)
             self.next_step += 1
             yield self.make_batch(order[at : at + self.batch_size])
 

@@ -70,7 +70,7 @@ def try_out(cli: Any, loop: Loop, made: Any, *, seconds: float) -> Rates:
         # A token trained on costs about three of a forward pass; a slow machine takes small steps.
         affordable = seconds * sampling["e_step"].tokens_per_s / (3 * sum(tokens.values()))
         made.data.batch_size = min(made.data.batch_size, max(1, int(affordable / OPTIMIZER_STEPS)))
-        write_accepted(made.data.accepted, accepted)
+        write_accepted(made.data.accepted, [accepted])
         clock = _Clock(loop, folder, seconds)
         _take_steps(cli, made, clock, folder)
         if clock.validation is not None:

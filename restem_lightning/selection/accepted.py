@@ -1,6 +1,6 @@
 """The accepted dataset as a table and a file."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from restem_lightning.completions import SCHEMA_METADATA, SCHEMA_VERSION
 from restem_lightning.errors import UserError
 from restem_lightning.run_dir import atomic_path
 
+ROW_GROUP = 4096
 # Of a human solution, `iteration` is 0 and `logprobs` is empty.
 ACCEPTED_SCHEMA = pa.schema(
     [
@@ -47,40 +48,58 @@ def end_with_eos(accepted: pa.Table, eos_ids: Collection[int]) -> pa.Table:
     ids = np.insert(ids, ends[lacks_eos], next(iter(eos_ids)))
     offsets = np.concatenate([[0], np.cumsum(lengths + lacks_eos)])
     ended = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(ids, pa.int32()))
-    return with_column(accepted, "completion_ids", ended)
+    place = ACCEPTED_SCHEMA.get_field_index("completion_ids")
+    return accepted.set_column(place, ACCEPTED_SCHEMA.field(place), ended)
 
 
-def with_column(accepted: pa.Table, name: str, values: list | pa.Array) -> pa.Table:
-    """Returns an accepted dataset with other values in one column."""
-    place = ACCEPTED_SCHEMA.get_field_index(name)
-    field = ACCEPTED_SCHEMA.field(place)
-    return accepted.set_column(place, field, pa.array(values, type=field.type))
+def write_accepted(path: str | Path, tables: Iterable[pa.Table]) -> int:
+    """Writes an accepted dataset atomically, piece by piece, and returns its number of rows.
+
+    The same rows give the same bytes, however they are cut into tables.
+    """
+    num_rows = 0
+    with (
+        atomic_path(path) as temporary,
+        pq.ParquetWriter(temporary, ACCEPTED_SCHEMA, compression="zstd") as writer,
+    ):
+        for group in _row_groups(tables):
+            writer.write_table(group)
+            num_rows += group.num_rows
+    return num_rows
 
 
-def write_accepted(path: str | Path, table: pa.Table) -> None:
-    """Writes an accepted dataset atomically; the same table gives the same bytes."""
-    assert table.schema.equals(ACCEPTED_SCHEMA)
-    with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Yields the rows of all tables, ROW_GROUP at a time."""
+    left = ACCEPTED_SCHEMA.empty_table()
+    for table in tables:
+        assert table.schema.equals(ACCEPTED_SCHEMA)
+        left = pa.concat_tables([left, table])
+        while left.num_rows >= ROW_GROUP:
+            yield left.slice(0, ROW_GROUP).combine_chunks()
+            left = left.slice(ROW_GROUP)
+    if left.num_rows:
+        yield left.combine_chunks()
 
 
-def read_accepted(path: str | Path) -> pa.Table:
-    """Returns an accepted dataset.
+def iter_accepted(path: str | Path) -> Iterator[pa.Table]:
+    """Yields an accepted dataset in pieces.
 
     Raises:
         UserError: the file is missing, damaged or of another schema version.
     """
     try:
-        table = pq.read_table(path)
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            version = (schema.metadata or {}).get(b"schema_version", b"none").decode()
+            if version != str(SCHEMA_VERSION) or not schema.equals(ACCEPTED_SCHEMA):
+                raise UserError(
+                    f"{path} must be an accepted dataset of schema version {SCHEMA_VERSION}, found "
+                    f"version {version}; delete it and run again: it is selected anew from the pool"
+                )
+            for number in range(file.num_row_groups):
+                yield file.read_row_group(number)
     except (pa.ArrowException, OSError) as error:
         raise UserError(
             f"{path} is missing or damaged ({str(error).splitlines()[0]}); delete it and run "
             "again: it is selected anew from the pool"
         ) from error
-    version = (table.schema.metadata or {}).get(b"schema_version", b"none").decode()
-    if version != str(SCHEMA_VERSION) or not table.schema.equals(ACCEPTED_SCHEMA):
-        raise UserError(
-            f"{path} must be an accepted dataset of schema version {SCHEMA_VERSION}, found "
-            f"version {version}; delete it and run again: it is selected anew from the pool"
-        )
-    return table

@@ -1,7 +1,7 @@
 """Time and memory of all that handles completions between sampling and training, by their number.
 
-    python scripts/benchmarks/bench_pool.py                    # the paper's 7,500 x 32, and a tenth
-    python scripts/benchmarks/bench_pool.py --problems 750000  # a hundred times the paper's
+    python scripts/benchmarks/bench_pool.py                             # 7,500 x 32 and 10 times
+    python scripts/benchmarks/bench_pool.py --problems 750000 --copied  # 100 times
 
 Synthetic completions go through the parts of a pool, its checksums, the selection, the index of the
 M-step's packing and the metrics. Each stage runs in a process of its own, so that its peak memory
@@ -10,55 +10,101 @@ is its own; the figures are per million completions.
 
 import argparse
 import json
-import random
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 from record import record
+
+if TYPE_CHECKING:
+    from restem_lightning.completions import Completion
 
 N = 32
 PROBLEMS_PER_PART = 256
 CORRECT_SHARE = 0.5
 
 
-def write_parts(folder: Path, num_problems: int, tokens: int) -> None:
-    """Writes the pool, part by part, as an E-step does."""
-    from restem_lightning.completions import Completion, CompletionStore, Verdict, VerdictKind
+def write_parts(folder: Path, num_problems: int, tokens: int) -> np.ndarray:
+    """Writes the pool, part by part, as an E-step does; returns `clock` of the writing alone."""
+    from restem_lightning.completions import CompletionStore
 
-    rng, store = random.Random(0), CompletionStore(folder / "completions")
-    prompt = [rng.randrange(50_000) for _ in range(tokens)]
+    rng, store, seconds = (
+        np.random.default_rng(0),
+        CompletionStore(folder / "completions"),
+        np.zeros(2),
+    )
+    prompt = rng.integers(0, 50_000, tokens).tolist()
     for start in range(0, num_problems, PROBLEMS_PER_PART):
-        part = []
-        for problem in range(start, min(start + PROBLEMS_PER_PART, num_problems)):
-            for index in range(N):
-                ids = [rng.randrange(50_000) for _ in range(rng.randint(tokens // 2, tokens))]
-                is_right = rng.random() < CORRECT_SHARE
-                part.append(
-                    Completion(
-                        iteration=1,
-                        problem_id=f"problem/{problem:08}",
-                        completion_index=index,
-                        seed=0,
-                        prompt_ids=prompt,
-                        completion_ids=ids,
-                        text=f"{ids[0]} + {ids[1]} = {ids[0] + ids[1]}\n#### {ids[0] + ids[1]}",
-                        logprobs=[-0.5] * len(ids),
-                        sampling_logprobs=[-0.25] * len(ids),
-                        finish_reason="eos",
-                        policy_hash="0" * 64,
-                        sampling="{}",
-                        verdict=Verdict(
-                            kind=VerdictKind.CORRECT if is_right else VerdictKind.WRONG,
-                            extracted=str(ids[0] + ids[1]),
-                        ),
-                        verifier="synthetic/1",
-                    )
-                )
+        problems = range(start, min(start + PROBLEMS_PER_PART, num_problems))
+        part = [
+            make_completion(f"problem/{problem:08}", index, prompt, rng)
+            for problem in problems
+            for index in range(N)
+        ]
+        before = clock()
         store.write_part(start // PROBLEMS_PER_PART, part)
+        seconds += clock() - before
+    return seconds
+
+
+def copy_parts(folder: Path, num_problems: int, tokens: int) -> None:
+    """Writes the pool as copies of its first part under other problem ids, which is fast."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from restem_lightning.completions import SCHEMA, CompletionStore
+    from restem_lightning.run_dir import sha256_of, write_json
+
+    write_parts(folder, PROBLEMS_PER_PART, tokens)
+    first = CompletionStore(folder / "completions").read()
+    place = SCHEMA.get_field_index("problem_id")
+    for index in range(1, num_problems // PROBLEMS_PER_PART):
+        numbers = range(index * PROBLEMS_PER_PART, (index + 1) * PROBLEMS_PER_PART)
+        problem_ids = [f"problem/{number:08}" for number in numbers]
+        column = pa.array([one for one in problem_ids for _ in range(N)])
+        path = folder / "completions" / f"part-{index:05d}.parquet"
+        table = first.set_column(place, SCHEMA.field(place), column)
+        pq.write_table(table, path, compression="zstd")
+        entry = {"num_rows": first.num_rows, "sha256": sha256_of(path), "problem_ids": problem_ids}
+        write_json(path.with_suffix(".json"), entry)
+
+
+def clock() -> np.ndarray:
+    """Returns seconds that passed, and those that this process computed."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def make_completion(
+    problem_id: str, index: int, prompt: list[int], rng: np.random.Generator
+) -> "Completion":
+    """Returns a synthetic completion, at most as long as the prompt."""
+    from restem_lightning.completions import Completion, Verdict, VerdictKind
+
+    most = len(prompt)
+    logprobs = -rng.random(rng.integers(most // 2, most + 1))
+    ids = rng.integers(0, 50_000, len(logprobs)).tolist()
+    kind = VerdictKind.CORRECT if rng.random() < CORRECT_SHARE else VerdictKind.WRONG
+    return Completion(
+        iteration=1,
+        problem_id=problem_id,
+        completion_index=index,
+        seed=0,
+        prompt_ids=prompt,
+        completion_ids=ids,
+        text=f"{ids[0]} + {ids[1]} = {ids[0] + ids[1]}\n#### {ids[0] + ids[1]}",
+        logprobs=logprobs.tolist(),
+        sampling_logprobs=logprobs.tolist(),
+        finish_reason="eos",
+        policy_hash="0" * 64,
+        sampling="{}",
+        verdict=Verdict(kind=kind, extracted=str(ids[0] + ids[1])),
+        verifier="synthetic/1",
+    )
 
 
 def check(folder: Path, *_: int) -> None:
@@ -74,18 +120,17 @@ def select(folder: Path, *_: int) -> None:
     from restem_lightning.selection import (
         SelectionParams,
         end_with_eos,
-        select_completions,
+        stream_accepted,
         write_accepted,
     )
 
-    selection = select_completions(
-        CompletionStore(folder / "completions"), SelectionParams(dedupe="exact")
-    )
-    write_accepted(folder / "accepted.parquet", end_with_eos(selection.accepted, (1,)))
+    store, params = CompletionStore(folder / "completions"), SelectionParams(dedupe="exact")
+    accepted = stream_accepted(store, params, {})
+    write_accepted(folder / "accepted.parquet", (end_with_eos(one, (1,)) for one in accepted))
 
 
 def pack(folder: Path, *_: int) -> None:
-    """Reads the accepted dataset for training and packs the first 100 optimizer steps."""
+    """Maps the accepted dataset for training and packs the first 100 optimizer steps."""
     from restem_lightning.m_step import AcceptedDataModule
 
     data = AcceptedDataModule(str(folder / "accepted.parquet"), batch_size=64)
@@ -103,6 +148,7 @@ def measure_metrics(folder: Path, *_: int) -> None:
 
 STAGES = {
     "write parts": write_parts,
+    "copy parts": copy_parts,
     "checksums": check,
     "selection": select,
     "packing": pack,
@@ -115,11 +161,12 @@ def run_stage(stage: str, folder: str, num_problems: int, tokens: int) -> None:
     import restem_lightning.m_step  # noqa: F401  (what all stages import is not counted)
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
-    STAGES[stage](Path(folder), num_problems, tokens)
-    seconds = time.perf_counter() - start
+    start = clock()
+    inner = STAGES[stage](Path(folder), num_problems, tokens)
+    seconds, cpu = (clock() - start if inner is None else inner).tolist()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": seconds, "grown_mb": (peak - before) / 1024, "mb": peak / 1024}))
+    got = {"seconds": seconds, "cpu_s": cpu, "grown_mb": (peak - before) / 1024, "mb": peak / 1024}
+    print(json.dumps(got))
 
 
 def main() -> None:
@@ -127,8 +174,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--problems", type=int, nargs="+", default=[750, 7500], help="sizes")
+    parser.add_argument("--problems", type=int, nargs="+", default=[7500, 75_000], help="sizes")
     parser.add_argument("--tokens", type=int, default=120, help="most of a completion")
+    parser.add_argument("--copied", action="store_true", help="copies of one part, all stages else")
     parser.add_argument("--quick", action="store_true", help="a tiny pool, nothing recorded")
     parser.add_argument("--stage", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -136,11 +184,12 @@ def main() -> None:
         stage, folder, num_problems, tokens = arguments.stage
         run_stage(stage, folder, int(num_problems), int(tokens))
         return
-    heads = ("completions", "seconds", "s/million", "peak MiB", "grown")
+    heads = ("completions", "seconds", "s/million", "CPU s", "peak MiB", "grown")
     print(f"{'stage':12}" + "".join(f"{head:>12}" for head in heads))
     for num_problems in [8] if arguments.quick else arguments.problems:
         with tempfile.TemporaryDirectory() as folder:
-            for stage in STAGES:
+            left_out = "write parts" if arguments.copied else "copy parts"
+            for stage in [stage for stage in STAGES if stage != left_out]:
                 words = ["--stage", stage, folder, str(num_problems), str(arguments.tokens)]
                 done = subprocess.run(
                     [sys.executable, __file__, *words],
@@ -150,13 +199,13 @@ def main() -> None:
                 )
                 got = json.loads(done.stdout.splitlines()[-1])
                 million = got["seconds"] / (num_problems * N / 1e6)
-                print(
-                    f"{stage:12}{num_problems * N:12,}{got['seconds']:12.1f}{million:12.1f}"
-                    f"{got['mb']:12.0f}{got['grown_mb']:12.0f}",
-                    flush=True,
-                )
+                shown = (got["seconds"], million, got["cpu_s"], got["mb"], got["grown_mb"])
+                numbers = "".join(f"{number:12.1f}" for number in shown)
+                print(f"{stage:12}{num_problems * N:12,}{numbers}", flush=True)
                 if not arguments.quick:
                     settings = {"problems": num_problems, "n": N, "tokens": arguments.tokens}
+                    settings |= {"copied": arguments.copied}
+                    settings |= {"cpu_s": round(got["cpu_s"], 1)}
                     settings |= {"peak_mb": round(got["mb"]), "grown_mb": round(got["grown_mb"])}
                     record("bench_pool", stage, settings, [got["seconds"]], "seconds")
 

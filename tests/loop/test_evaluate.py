@@ -1,10 +1,34 @@
+import random
+
 import pytest
 
+from restem_lightning.completions import Completion, CompletionStore, Verdict, VerdictKind
 from restem_lightning.errors import UserError
-from restem_lightning.loop.evaluate import EvaluationParams
+from restem_lightning.loop.evaluate import EvaluationParams, measure
+from restem_lightning.metrics import evaluate_table
 from restem_lightning.sampler import SamplingParams
 
 SAMPLING = SamplingParams(n=8, temperature=0.7, top_k=40, min_p=0.1, max_new_tokens=9, stop=("Q",))
+
+
+def completion(problem_id, index, is_right, extracted) -> Completion:
+    kind = VerdictKind.CORRECT if is_right else VerdictKind.WRONG
+    return Completion(
+        iteration=1,
+        problem_id=problem_id,
+        completion_index=index,
+        seed=0,
+        prompt_ids=[1],
+        completion_ids=[2],
+        text="t",
+        logprobs=[-0.5],
+        sampling_logprobs=[-0.5],
+        finish_reason="eos",
+        policy_hash="abc",
+        sampling="{}",
+        verdict=Verdict(kind=kind, extracted=extracted),
+        verifier="math/1",
+    )
 
 
 def test_greedy_and_sampled_stages_keep_length_and_stop_strings_of_the_e_step():
@@ -30,3 +54,23 @@ def test_stages_that_nobody_wants_are_left_out():
 def test_values_that_make_no_sense_are_refused(arguments):
     with pytest.raises(UserError, match="evaluation"):
         EvaluationParams(**arguments)
+
+
+def test_the_metrics_of_a_store_are_those_of_its_problems_in_memory(tmp_path):
+    rng = random.Random(0)
+    store, problems = CompletionStore(tmp_path / "sampled"), []
+    for part in range(3):
+        completions = []
+        for number in range(4):
+            judged = [(rng.random() < 0.5, rng.choice(["1", "2", None])) for _ in range(5)]
+            problems.append(judged)
+            completions += [
+                completion(f"{part}/{number}", index, *one) for index, one in enumerate(judged)
+            ]
+        store.write_part(part, rng.sample(completions, len(completions)))
+    found = measure(tmp_path, EvaluationParams(greedy=False, n=5, ks=(1, 3)))
+    expected = evaluate_table(problems, ks=(1, 3))
+    assert {name: one["value"] for name, one in found.items()} == pytest.approx(
+        {name: one["value"] for name, one in expected.items()}, abs=1e-12
+    )
+    assert list(found) == ["pass@1", "pass@3", "maj@5"]

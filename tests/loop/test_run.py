@@ -79,6 +79,10 @@ def test_nothing_half_written_and_no_checkpoint_stays(finished):
     assert not [name for name in names if name.endswith((TEMP_SUFFIX, ".partial", ".ckpt"))]
 
 
+def test_no_token_file_of_the_m_step_stays(finished):
+    assert not [path for path in finished.path.rglob("accepted.*") if path.suffix != ".parquet"]
+
+
 def test_run_json_says_what_ran(finished):
     run = read_json(finished.run_json)
     assert run["seed"] == 0

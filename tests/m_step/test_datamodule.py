@@ -1,8 +1,11 @@
+import numpy as np
 import pytest
 import torch
 
 from restem_lightning.errors import UserError
-from restem_lightning.m_step import AcceptedDataModule
+from restem_lightning.m_step import AcceptedDataModule, sequences
+from restem_lightning.m_step.packing import TrainingSequence, pack_step
+from restem_lightning.m_step.step_loader import StepLoader
 
 
 def batches(loader):
@@ -82,3 +85,45 @@ def test_loader_goes_on_at_the_saved_place_and_into_the_next_epoch(make_accepted
         for left, right in zip(batches(loader), batches(resumed), strict=True):
             assert torch.equal(left, right)
     assert loader.state_dict() == resumed.state_dict() == {"epoch": 2, "next_step": 1}
+
+
+def test_batches_from_the_file_are_those_of_sequences_in_memory(make_accepted, monkeypatch):
+    monkeypatch.setattr(sequences, "_BATCH_ROWS", 4)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 64, rng.integers(1, 9)).tolist() for _ in range(5)]
+    rows = [
+        (prompts[place // 6], rng.integers(2, 64, rng.integers(1, 9)).tolist(), place % 3 / 2)
+        for place in range(30)
+    ]
+    mapped = AcceptedDataModule(str(make_accepted(rows)), batch_size=8).train_dataloader()
+    held = [TrainingSequence(np.array(p + c, np.int32), len(p), weight) for p, c, weight in rows]
+    steps = StepLoader(
+        len(held),
+        lambda numbers: pack_step(
+            [held[number] for number in numbers],
+            tokens_per_micro_batch=4096,
+            shared_prompts=True,
+            rank=0,
+            num_ranks=1,
+        ),
+        batch_size=8,
+        seed=0,
+    )
+    for _ in range(2):
+        for one, other in zip(mapped, steps, strict=True):
+            assert one[1:] == other[1:]
+            for left, right in zip(one.micro_batches, other.micro_batches, strict=True):
+                assert left.segments[3:] == right.segments[3:]
+                for tensor, expected in zip(
+                    (*left[:2], *left[3:]), (*right[:2], *right[3:]), strict=True
+                ):
+                    assert torch.equal(tensor, expected)
+
+
+def test_neighbours_share_their_prompt_in_the_file(make_accepted):
+    path = make_accepted([([5, 6], [7], 1.0), ([5, 6], [8, 9], 1.0), ([5], [6], 1.0)])
+    AcceptedDataModule(str(path)).train_dataloader()
+    ids = np.fromfile(path.with_suffix(".ids"), np.int32)
+    assert ids.tolist() == [5, 6, 7, 8, 9, 5, 6]
+    sequences.remove_sequences(path)
+    assert sorted(path.parent.iterdir()) == [path]
