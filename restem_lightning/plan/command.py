@@ -8,21 +8,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from restem_lightning.errors import UserError
 from restem_lightning.fit import ReSTEMCLI, check_settings, load_problems, make_cli, make_loop
-from restem_lightning.loop.callback import Loop
+from restem_lightning.loop.callback import VALIDATION_CACHE_TOKENS
+from restem_lightning.loop.shared import Loop
 from restem_lightning.loop.stop_request import StopRequest
 from restem_lightning.loop.tracking import Tracker, TrackingParams
-from restem_lightning.plan.costs import Plan, Rates, Shape, Volume, make_plan, rates_on_paper, shown
+from restem_lightning.m_step.packing import TrainingSequence, pack_step
+from restem_lightning.plan.costs import Plan, Rates, Volume, make_plan, shown
+from restem_lightning.plan.paper import Decoding, Shape, Training, rates_on_paper
 from restem_lightning.plan.trial import spread, try_out
 from restem_lightning.prompts import encode_prompt
 from restem_lightning.run_dir import RunDir
+from restem_lightning.sampler.engine import CUDA_BATCH, CUDA_CACHE_SHARE
 from restem_lightning.settings import open_verifiers, resolve_policy
-
-NUM_PROMPTS = 64  # encoded to know their length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +84,7 @@ def plan(words: list[str]) -> None:
         if params.on == "here":
             rates = try_out(cli, loop, made, seconds=params.seconds)
         else:
-            rates = _on_paper(params, counts, loop, made)
+            rates = _on_paper(params, counts, cli, loop, made)
     found = make_plan(counts, rates)
     print(as_json(found) if params.json else shown(found))
 
@@ -145,21 +148,55 @@ def as_json(found: Plan) -> str:
     return json.dumps({**found._asdict(), **rows})
 
 
-def _on_paper(params: PlanParams, counts: Volume, loop: Loop, made: Any) -> Rates:
-    tokenizer = AutoTokenizer.from_pretrained(loop.base)
-    some = spread(loop.train, NUM_PROMPTS)
-    prompts = [len(encode_prompt(loop.template, problem, tokenizer)[0]) for problem in some]
-    return rates_on_paper(
-        counts,
-        model_shape(loop.base),
-        device=params.on,
-        batch=made.engine.max_batch_size or 512,
-        prompt_tokens=sum(prompts) / len(prompts),
+def _on_paper(params: PlanParams, counts: Volume, cli: Any, loop: Loop, made: Any) -> Rates:
+    engine = made.engine
+    decoding = Decoding(
+        batch=engine.max_batch_size or CUDA_BATCH,
+        cache_tokens=engine.cache_tokens,
+        cache_share=CUDA_CACHE_SHARE,
+        validation_cache_tokens=engine.cache_tokens or VALIDATION_CACHE_TOKENS,
         completion_tokens=params.completion_tokens or loop.sampling.max_new_tokens / 2,
         acceptance_rate=params.acceptance_rate,
-        parameter_bytes=4 if made.model.dtype_name == "float32" else 2,
-        micro_batch_tokens=made.data.tokens_per_micro_batch,
-        checkpointing=made.model.activation_checkpointing,
+    )
+    training = _training(cli.config.trainer, loop, made, counts, int(decoding.completion_tokens))
+    return rates_on_paper(counts, model_shape(loop.base), decoding, training, device=params.on)
+
+
+def _training(
+    trainer: Any, loop: Loop, made: Any, counts: Volume, completion_tokens: int
+) -> Training:
+    """Packs an optimizer step of real prompts, for what is shared of them need not be computed."""
+    tokenizer = AutoTokenizer.from_pretrained(loop.base)
+    prompts = [
+        encode_prompt(loop.template, problem, tokenizer)[0]
+        for problem in spread(loop.train, made.data.batch_size)
+    ]
+    sequences = [
+        TrainingSequence(np.array(prompt + completion_tokens * [0]), len(prompt), 1.0)
+        for prompt in prompts
+    ]
+    step = pack_step(
+        sequences,
+        tokens_per_micro_batch=made.data.tokens_per_micro_batch,
+        shared_prompts=made.data.shared_prompt_packing,
+        num_ranks=counts.num_ranks,
+    )
+    sizes = [micro_batch.input_ids.numel() for micro_batch in step.micro_batches]
+    strategy = trainer.strategy
+    model, half = made.model, "bf16" in str(trainer.precision)
+    parameter_bytes = 4 if model.dtype_name == "float32" else 2
+    return Training(
+        batch_size=len(sequences),
+        prompt_tokens=sum(map(len, prompts)) / len(prompts),
+        step_tokens=sum(sizes),
+        micro_batches=len(sizes),
+        micro_batch_tokens=max(sizes),
+        parameter_bytes=parameter_bytes,
+        gathered_bytes=2 if half else parameter_bytes,
+        sharded="ModelParallelStrategy" in str(getattr(strategy, "class_path", strategy)),
+        reshard=model.reshard_after_forward,
+        checkpointing=model.activation_checkpointing,
+        devices_per_node=_devices_of_a_node(trainer.devices),
     )
 
 

@@ -1,18 +1,14 @@
 """What a run will take: its counts from the settings, its rates measured here or on paper.
 
 Everything is a product of a count and a rate. Counts are known from the settings and the problems.
-Rates come from a small trial of the real thing (`trial.py`), or from the formulas of
-`rates_on_paper` for hardware that is elsewhere. A plan assumes that a trained policy writes
-completions as long as those it was trained on, that the share of correct ones stays as it is at
-the start, and that every M-step uses all of its epochs.
+Rates come from a small trial of the real thing (`trial.py`), or from the formulas of `paper.py`
+for hardware that is elsewhere. A plan assumes that a trained policy writes completions as long as
+those it was trained on, that the share of correct ones stays as it is at the start, and that every
+M-step uses all of its epochs.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
-
-from restem_lightning.errors import UserError
-
-GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,112 +228,3 @@ def _size(num_bytes: float) -> str:
         if num_bytes >= size:
             return f"{num_bytes / size:.1f} {unit}"
     return f"{num_bytes / 1e3:.0f} kB"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Device:
-    """What a data sheet says of a device.
-
-    Args:
-        bandwidth: bytes/s of its memory.
-        flops: bfloat16 FLOP/s, dense.
-        memory_bytes: of its memory.
-    """
-
-    bandwidth: float
-    flops: float
-    memory_bytes: float
-
-
-DEVICES = {
-    "a100": Device(bandwidth=2.0e12, flops=312e12, memory_bytes=80e9),
-    "h100": Device(bandwidth=3.35e12, flops=989e12, memory_bytes=80e9),
-    "h200": Device(bandwidth=4.8e12, flops=989e12, memory_bytes=141e9),
-}
-# Shares of the data sheet's figures that well-kept engines reach; see `rates_on_paper`.
-DECODE_MATRIX_SHARE, BANDWIDTH_SHARE, TRAINING_SHARE = 0.6, 0.8, 0.4
-STEP_OVERHEAD_S = 0.001
-LIBRARIES_BYTES = 1.5e9  # of a process: context, buffers, kernels
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What of a model decides its cost.
-
-    Args:
-        num_parameters: all of them.
-        num_layers: decoder layers.
-        hidden_size: width of the residual stream.
-        kv_bytes: keys and values of one token over all layers, bfloat16.
-    """
-
-    num_parameters: float
-    num_layers: int
-    hidden_size: int
-    kv_bytes: float
-
-
-def rates_on_paper(
-    volume: Volume,
-    shape: Shape,
-    *,
-    device: str,
-    batch: int,
-    prompt_tokens: float,
-    completion_tokens: float,
-    acceptance_rate: float,
-    parameter_bytes: int,
-    micro_batch_tokens: int,
-    checkpointing: bool,
-) -> Rates:
-    """Returns rates for a device that is not here.
-
-    With P parameters, B sequences in the batch, L tokens of a completion and the device's memory
-    bandwidth W and matrix rate F, a decode step takes
-    (2 P + B (L / 2) kv_bytes) / (0.8 W) + 2 P B / (0.6 F) + 1 ms:
-    the weights and the private keys and values are read once, the shared prompt is matrix work.
-    Training takes 6 P FLOP a token (8 P with activation checkpointing) at 0.4 F. A rank trains with
-    parameters, gradients and two moments of its shard (`parameter_bytes` each), activations of
-    34 bytes * hidden_size * layers a token (2 bytes with checkpointing), and samples with bfloat16
-    weights and a cache for its batch; the two do not overlap.
-    Source of 6 P and 34 bytes: arXiv 2001.08361 section 2.1, arXiv 2205.05198 section 4.
-
-    Raises:
-        UserError: an unknown device.
-    """
-    if device not in DEVICES:
-        raise UserError(f"device ({device}) must be one of {', '.join(DEVICES)}, or here")
-    card, size = DEVICES[device], shape.num_parameters
-    read = 2 * size + batch * completion_tokens / 2 * shape.kv_bytes
-    step_s = (
-        read / (BANDWIDTH_SHARE * card.bandwidth)
-        + 2 * size * batch / (DECODE_MATRIX_SHARE * card.flops)
-        + STEP_OVERHEAD_S
-    )
-    flops = (8 if checkpointing else 6) * size
-    states = 4 * parameter_bytes * size / volume.num_ranks
-    activations = micro_batch_tokens * shape.hidden_size * shape.num_layers
-    training = states + activations * (2 if checkpointing else 34)
-    sampling = 2 * size + batch * completion_tokens * shape.kv_bytes
-    most = volume.n if volume.max_per_problem is None else volume.max_per_problem
-    one = Sampling(
-        tokens=completion_tokens,
-        tokens_per_s=batch / step_s,
-        stored_bytes=STORED_BYTES_PER_TOKEN * completion_tokens,
-    )
-    return Rates(
-        origin=f"on paper, {device}, batch {batch}, {completion_tokens:.0f} tokens a completion, "
-        f"{acceptance_rate:.0%} of them correct",
-        sampling=dict.fromkeys(("e_step", *volume.completions), one),
-        accepted_per_problem=min(most, volume.n * acceptance_rate),
-        accepted_tokens=completion_tokens,
-        prompt_tokens=prompt_tokens,
-        training_tokens_per_s=TRAINING_SHARE * card.flops / flops,
-        policy_bytes=parameter_bytes * size,
-        checkpoint_bytes=5 * parameter_bytes * size,  # last: weights, two moments; best; the next
-        memory_bytes=LIBRARIES_BYTES + max(training, sampling),
-        load_s=30.0,
-    )
-
-
-STORED_BYTES_PER_TOKEN = 12.0  # id, two log-probabilities and text, compressed (measured, GSM8K)

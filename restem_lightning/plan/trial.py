@@ -29,9 +29,6 @@ from restem_lightning.selection import select_completions, write_accepted
 
 BATCHES = 2  # of the sampler in the trial's E-step: one fills up, one runs full
 OPTIMIZER_STEPS = 4  # the first is not counted
-ADAM_STATES = (
-    3  # copies of the weights in last.ckpt: they and two moments; best.ckpt holds one more
-)
 
 
 def spread(problems: Sequence[Problem], num: int) -> list[Problem]:
@@ -76,6 +73,7 @@ def try_out(cli: Any, loop: Loop, made: Any, *, seconds: float) -> Rates:
         if clock.validation is not None:
             sampling["validation"] = clock.validation
         policy_bytes = _bytes_below(folder / "policy")
+        # A new one is there before the old one goes; and the best weights.
         checkpoint_bytes = 2 * _bytes_below(folder / "last.ckpt") + policy_bytes
     return Rates(
         origin=f"measured here in {time.monotonic() - start:.0f} s, on {num_problems} of "

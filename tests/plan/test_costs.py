@@ -1,20 +1,6 @@
 """A plan is counts times rates; worked out by hand."""
 
-import pytest
-
-from restem_lightning.errors import UserError
-from restem_lightning.plan.costs import (
-    DEVICES,
-    Rates,
-    Sampling,
-    Shape,
-    Volume,
-    make_plan,
-    rates_on_paper,
-    shown,
-)
-
-SEVEN_B = Shape(num_parameters=7.6e9, num_layers=28, hidden_size=3584, kv_bytes=57344)
+from restem_lightning.plan.costs import Rates, Sampling, Volume, make_plan, shown
 
 
 def volume(**changes):
@@ -82,51 +68,6 @@ def test_ranks_share_the_work_and_the_device_hours_stay():
 def test_without_validation_problems_there_are_no_looks():
     plan = make_plan(volume(completions={"greedy": 50}), rates())
     assert [row.stage for row in plan.first] == ["E-step", "M-step", "evaluation (greedy)"]
-
-
-def on_paper(**changes):
-    values = {
-        "device": "h100",
-        "batch": 512,
-        "prompt_tokens": 1000,
-        "completion_tokens": 512,
-        "acceptance_rate": 0.5,
-        "parameter_bytes": 4,
-        "micro_batch_tokens": 4096,
-        "checkpointing": True,
-    }
-    counts = changes.pop("counts", volume(n=32, max_per_problem=10))
-    return rates_on_paper(counts, SEVEN_B, **values | changes)
-
-
-def test_on_paper_a_decode_step_reads_weights_and_own_keys_and_multiplies():
-    read = 2 * 7.6e9 + 512 * 256 * 57344
-    step = read / (0.8 * 3.35e12) + 2 * 7.6e9 * 512 / (0.6 * 989e12) + 0.001
-    assert on_paper().sampling["e_step"].tokens_per_s == pytest.approx(512 / step)
-
-
-def test_on_paper_training_takes_eight_flops_a_parameter_with_checkpointing_and_six_without():
-    assert on_paper().training_tokens_per_s == pytest.approx(0.4 * 989e12 / (8 * 7.6e9))
-    assert on_paper(checkpointing=False).training_tokens_per_s == pytest.approx(
-        0.4 * 989e12 / (6 * 7.6e9)
-    )
-
-
-def test_on_paper_the_quota_bounds_what_is_accepted():
-    assert on_paper().accepted_per_problem == 10
-    assert on_paper(acceptance_rate=0.1).accepted_per_problem == pytest.approx(3.2)
-
-
-def test_on_paper_states_are_sharded_over_the_ranks():
-    """7.6 billion parameters with 16 bytes each do not fit one 80 GB GPU, and do on 8 nodes."""
-    assert on_paper().memory_bytes > DEVICES["h100"].memory_bytes
-    many = on_paper(counts=volume(n=32, max_per_problem=10, num_ranks=64))
-    assert many.memory_bytes < DEVICES["h100"].memory_bytes
-
-
-def test_an_unknown_device_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match=r"device \(tpu\) must be one of a100, h100, h200"):
-        on_paper(device="tpu")
 
 
 def test_the_table_names_every_figure_with_its_unit():
