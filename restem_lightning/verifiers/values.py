@@ -4,7 +4,6 @@ Whatever is rational is computed exactly. The rest is computed with 60 digits, w
 then with 1,500 digits, which confirms.
 """
 
-import itertools
 import math
 import random
 from collections.abc import Iterator
@@ -35,19 +34,25 @@ def are_equal(left: Tree, right: Tree) -> bool:
     """
     has_i = bool(_leaves(left, "constant") & {"i"} or _leaves(right, "constant") & {"i"})
     for digits in (COARSE_DIGITS, FINE_DIGITS):
-        pairs = [pair for pair in _values(left, right, digits) if pair != (None, None)]
-        if not pairs:
-            raise UnreadableError("undefined")
-        if any(None in pair for pair in pairs):
-            return False
-        if not has_i:
-            real = [(_is_real(first), _is_real(second)) for first, second in pairs]
-            if any(first != second for first, second in real):
-                return False
-            is_used = [first for first, _ in real]
-            pairs = list(itertools.compress(pairs, is_used)) if any(is_used) else pairs
         arithmetic = _Arithmetic(digits)
-        if not all(arithmetic.add(first, -second) == 0 for first, second in pairs):
+        num_real, unreal = 0, []
+        for first, second in _values(left, right, digits):
+            if first is None and second is None:
+                continue
+            if first is None or second is None:
+                return False
+            if has_i or (_is_real(first) and _is_real(second)):
+                if arithmetic.add(first, -second) != 0:
+                    return False
+                num_real += 1
+            elif _is_real(first) or _is_real(second):
+                return False
+            else:
+                unreal.append((first, second))
+        if not num_real and not unreal:
+            raise UnreadableError("undefined")
+        # Where nothing is real, the complex values decide.
+        if not num_real and any(arithmetic.add(first, -second) != 0 for first, second in unreal):
             return False
     return True
 

@@ -227,6 +227,18 @@ def pairs(table):
     return [(reference, answer) for reference, answers in table.items() for answer in answers]
 
 
+UNCONVERTED = [
+    *[(r"5\text{ cm}", "50 mm"), (r"\$5", "500 cents"), ("3 hours", "180 minutes")],
+    *[("500 cents", "$5"), ("2 feet", "24 inches"), ("1 kg", "1000 g"), ("1 km", "1000 m")],
+    *[("FF_{16}", "FF"), ("1000", "1 000"), ("5", "five")],
+]
+
+
+@pytest.mark.parametrize(("reference", "answer"), UNCONVERTED)
+def test_units_are_not_converted_nor_doubtful_notations_read(reference, answer):
+    assert not MathVerifier().compare(reference, answer)[0]
+
+
 @pytest.mark.parametrize(("reference", "answer"), pairs(RIGHT))
 def test_right_answers_are_accepted(reference, answer):
     assert MathVerifier().compare(reference, answer)[0]
