@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from restem_lightning.errors import UserError
 from restem_lightning.m_step.packing import StepBatch, pack_step
-from restem_lightning.m_step.sequences import MappedSequences, write_sequences
+from restem_lightning.m_step.sequences import StoredSequences, write_sequences
 from restem_lightning.m_step.step_loader import StepLoader
 
 
@@ -71,7 +71,7 @@ class AcceptedDataModule(LightningDataModule):
             write_sequences(self.accepted)
         if self.trainer is not None:
             self.trainer.strategy.barrier()
-        sequences = MappedSequences(self.accepted)
+        sequences = StoredSequences(self.accepted)
         lengths = sequences.lengths()
         longest = int(lengths.max())
         most = self.max_sequence_tokens or longest

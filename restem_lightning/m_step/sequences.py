@@ -1,4 +1,4 @@
-"""Sequences to train on, in a file mapped into memory: reading one costs its own tokens only."""
+"""Sequences to train on, in a file: in memory are their places, and the tokens of those in use."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,6 +14,7 @@ from restem_lightning.run_dir import atomic_path
 
 _COLUMNS = ["prompt_ids", "completion_ids", "weight"]
 _BATCH_ROWS = 1024
+_ID_BYTES = np.dtype(np.int32).itemsize
 # Where a sequence lies in the file of token ids. Neighbours of one problem share their prompt.
 _INDEX = np.dtype(
     [
@@ -26,19 +27,18 @@ _INDEX = np.dtype(
 )
 
 
-class MappedSequences(Sequence[TrainingSequence]):
+class StoredSequences(Sequence[TrainingSequence]):
     """The sequences of an accepted dataset in file order; in memory are 28 bytes of each."""
 
     def __init__(self, accepted: str | Path, index: np.ndarray | None = None) -> None:
-        """Maps what `write_sequences` has left.
+        """Takes what `write_sequences` has left.
 
         Args:
             accepted: parquet file of the accepted dataset.
             index: rows of the index, None for all.
         """
-        ids_path, index_path = _paths(accepted)
         self._accepted = accepted
-        self._ids = np.memmap(ids_path, dtype=np.int32, mode="r")
+        self._ids_path, index_path = _paths(accepted)
         self._index = np.fromfile(index_path, dtype=_INDEX) if index is None else index
 
     def __len__(self) -> int:
@@ -46,21 +46,22 @@ class MappedSequences(Sequence[TrainingSequence]):
         return len(self._index)
 
     def __getitem__(self, place: int) -> TrainingSequence:
-        """Reads a sequence."""
+        """Reads a sequence; between reads the file is closed, so it can be replaced."""
         prompt, completion, prompt_length, completion_length, weight = self._index[place].item()
-        pieces = (
-            self._ids[prompt : prompt + prompt_length],
-            self._ids[completion : completion + completion_length],
-        )
-        return TrainingSequence(np.concatenate(pieces), prompt_length, weight)
+        with open(self._ids_path, "rb") as file:
+            file.seek(prompt * _ID_BYTES)
+            prompt_ids = np.fromfile(file, np.int32, prompt_length)
+            file.seek(completion * _ID_BYTES)
+            completion_ids = np.fromfile(file, np.int32, completion_length)
+        return TrainingSequence(np.concatenate([prompt_ids, completion_ids]), prompt_length, weight)
 
     def lengths(self) -> np.ndarray:
         """Returns the tokens of each sequence, prompt and completion."""
         return self._index["prompt_length"] + self._index["completion_length"]
 
-    def where(self, is_kept: np.ndarray) -> "MappedSequences":
+    def where(self, is_kept: np.ndarray) -> "StoredSequences":
         """Returns the sequences for which a bool array is true."""
-        return MappedSequences(self._accepted, self._index[is_kept])
+        return StoredSequences(self._accepted, self._index[is_kept])
 
 
 def write_sequences(accepted: str | Path) -> None:

@@ -130,7 +130,7 @@ def select(folder: Path, *_: int) -> None:
 
 
 def pack(folder: Path, *_: int) -> None:
-    """Maps the accepted dataset for training and packs the first 100 optimizer steps."""
+    """Indexes the accepted dataset for training and packs the first 100 optimizer steps."""
     from restem_lightning.m_step import AcceptedDataModule
 
     data = AcceptedDataModule(str(folder / "accepted.parquet"), batch_size=64)
