@@ -44,12 +44,18 @@ class Sampling:
     Args:
         tokens: of one, on average.
         tokens_per_s: of one rank.
-        stored_bytes: of one in a parquet part.
+        completion_bytes: of one in a parquet part, whatever its length.
+        token_bytes: of each of its tokens there.
     """
 
     tokens: float
     tokens_per_s: float
-    stored_bytes: float
+    completion_bytes: float
+    token_bytes: float
+
+    def stored_bytes(self, num: float, tokens: float) -> float:
+        """Returns the size of so many completions with so many tokens in all."""
+        return num * self.completion_bytes + tokens * self.token_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +175,7 @@ def _drawn(
         return Row(stage, 0, 0, 0, 0)
     one = rates.sampling[kind]
     drawn = num * (one.tokens if tokens is None else tokens)
-    stored = 0 if kind == "validation" else drawn * one.stored_bytes / one.tokens
+    stored = 0 if kind == "validation" else one.stored_bytes(num, drawn)
     return Row(stage, num, drawn, drawn / one.tokens_per_s / volume.num_ranks, stored)
 
 
@@ -181,7 +187,7 @@ def _evaluation(volume: Volume, rates: Rates, tokens: float | None) -> list[Row]
 def _m_step(volume: Volume, rates: Rates) -> Row:
     accepted = rates.accepted_per_problem * volume.num_problems
     one = rates.sampling["e_step"]
-    stored = accepted * rates.accepted_tokens * one.stored_bytes / one.tokens + rates.policy_bytes
+    stored = one.stored_bytes(accepted, accepted * rates.accepted_tokens) + rates.policy_bytes
     items = accepted * volume.max_epochs
     tokens = items * (rates.prompt_tokens + rates.accepted_tokens)
     seconds = tokens / rates.training_tokens_per_s / volume.num_ranks

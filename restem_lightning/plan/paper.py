@@ -60,7 +60,8 @@ DECODE_MATRIX_SHARE, BANDWIDTH_SHARE, TRAINING_SHARE = 0.6, 0.8, 0.4
 STEP_OVERHEAD_S = 0.001
 LIBRARIES_BYTES = 1.5e9  # of a process: context, buffers, kernels
 GRADIENT_BYTES = 4  # summed over ranks in float32 always
-STORED_BYTES_PER_TOKEN = 12.0  # id, two log-probabilities and text, compressed (measured, GSM8K)
+TOKEN_BYTES = 12.0  # id, two log-probabilities and text, compressed (measured, GSM8K)
+COMPLETION_BYTES = 50.0  # its address, verdict and share of what a part holds once (quickstart)
 LOAD_S = 30.0
 
 
@@ -158,7 +159,8 @@ def rates_on_paper(
             kind: Sampling(
                 tokens=decoding.completion_tokens,
                 tokens_per_s=_decode_tokens_per_s(card, shape, decoding, num / volume.num_ranks),
-                stored_bytes=STORED_BYTES_PER_TOKEN * decoding.completion_tokens,
+                completion_bytes=COMPLETION_BYTES,
+                token_bytes=TOKEN_BYTES,
             )
             for kind, num in drawn.items()
         },

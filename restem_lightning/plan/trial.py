@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from lightning.pytorch import Callback
 
@@ -29,6 +30,7 @@ from restem_lightning.selection import select_completions, write_accepted
 
 BATCHES = 2  # of the sampler in the trial's E-step: one fills up, one runs full
 OPTIMIZER_STEPS = 4  # the first is not counted
+GROWING_COLUMNS = {"completion_ids", "text", "logprobs", "sampling_logprobs", "extracted"}
 
 
 def spread(problems: Sequence[Problem], num: int) -> list[Problem]:
@@ -129,13 +131,31 @@ def _drawn(
     for part in store.iter_batches(["completion_ids"]):
         num_tokens += len(part["completion_ids"].flatten())
         num_completions += part.num_rows
-    stored = sum(path.stat().st_size for path in store.folder.glob("*.parquet"))
+    files = list(store.folder.glob("*.parquet"))
+    growing = sum(map(_growing_bytes, files))
+    stored = sum(file.stat().st_size for file in files)
     rate = Sampling(
         tokens=num_tokens / num_completions,
         tokens_per_s=num_tokens / took,
-        stored_bytes=stored / num_completions,
+        completion_bytes=(stored - growing) / num_completions,
+        token_bytes=growing / num_tokens,
     )
     return rate, store
+
+
+def _growing_bytes(file: Path) -> int:
+    """Returns the bytes of a part's columns that grow with the length of completions."""
+    groups = pq.ParquetFile(file).metadata
+    columns = [
+        groups.row_group(group).column(column)
+        for group in range(groups.num_row_groups)
+        for column in range(groups.num_columns)
+    ]
+    return sum(
+        column.total_compressed_size
+        for column in columns
+        if column.path_in_schema.split(".")[0] in GROWING_COLUMNS
+    )
 
 
 def _any_completions(store: CompletionStore, accepted: pa.Table) -> pa.Table:

@@ -18,7 +18,7 @@ def volume(**changes):
 
 
 def rates(**changes):
-    one = Sampling(tokens=10, tokens_per_s=100, stored_bytes=7)
+    one = Sampling(tokens=10, tokens_per_s=100, completion_bytes=2, token_bytes=0.5)
     values = {
         "origin": "by hand",
         "sampling": dict.fromkeys(("e_step", "greedy", "sampled", "validation"), one),
@@ -35,15 +35,18 @@ def rates(**changes):
 
 
 def test_an_iteration_is_counts_times_rates():
-    """A trained policy writes completions as long as those that it was trained on."""
+    """A trained policy writes completions as long as those that it was trained on.
+
+    One of 10 tokens takes 7 bytes and one of 20 takes 12, for not all of it grows with the tokens.
+    """
     plan = make_plan(volume(), rates())
     first = {row.stage: row[1:] for row in plan.first}
     later = {row.stage: row[1:] for row in plan.later}
     assert first["E-step"] == (800, 8000, 80, 5600)
-    assert later["E-step"] == (800, 16000, 160, 11200)
-    assert first["M-step"] == later["M-step"] == (600, 24000, 80, 150 * 14 + 1000)
+    assert later["E-step"] == (800, 16000, 160, 9600)
+    assert first["M-step"] == later["M-step"] == (600, 24000, 80, 150 * 12 + 1000)
     assert first["D_val"] == (100, 2000, 20, 0)
-    assert first["evaluation (greedy)"] == (50, 1000, 10, 700)
+    assert first["evaluation (greedy)"] == (50, 1000, 10, 600)
     assert plan.base[1][1:] == (200, 2000, 20, 1400)
 
 
@@ -52,8 +55,8 @@ def test_the_run_is_its_iterations_after_the_base_models_measures():
     trained = 80 + 20 + 10 + 40
     assert plan.seconds == 25 + (80 + trained) + 2 * (160 + trained) + 7 * 2
     assert plan.drawn_tokens == 2500 + (8000 + 7000) + 2 * (16000 + 7000)
-    kept = 3100 + 700 + 2800
-    assert plan.disk_bytes == 1750 + (5600 + kept) + 2 * (11200 + kept)
+    kept = 2800 + 600 + 2400
+    assert plan.disk_bytes == 1750 + (5600 + kept) + 2 * (9600 + kept)
 
 
 def test_ranks_share_the_work_and_the_device_hours_stay():
