@@ -121,9 +121,10 @@ def _paths(accepted: str | Path) -> tuple[Path, Path]:
 
 def _batches(accepted: str | Path) -> Iterator[pa.RecordBatch]:
     with pq.ParquetFile(accepted) as file:
-        for batch in file.iter_batches(_BATCH_ROWS, columns=_COLUMNS):
-            if batch.num_rows:
-                yield batch
+        for number in range(file.num_row_groups):  # one reader over all keeps what it has read
+            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[number], columns=_COLUMNS):
+                if batch.num_rows:
+                    yield batch
 
 
 def _token_lists(column: pa.ListArray) -> list[np.ndarray]:
