@@ -20,15 +20,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from restem_lightning.completions import CompletionStore
-from restem_lightning.m_step.loss import target_logits
-from restem_lightning.m_step.packing import TrainingSequence, pack_step, to_device
+from restem_lightning.m_step.likelihood import prompt_groups, token_logprobs
+from restem_lightning.m_step.packing import TrainingSequence
 from restem_lightning.m_step.weights import load_policy
 
 MAX_TOKENS = 16384  # of prompts and completions together: seconds, whatever the completions' length
+TOKENS_PER_BATCH = 4096  # of them at once, what their prompts share counted each time
 EXACT_BOUND = 1e-4
 BOUNDS = {"mean_abs_dlogp": 0.01, "mean_abs_dp": 0.005, "kl": 0.015}
 _COLUMNS = ("prompt_ids", "completion_ids", "logprobs", "engine")
@@ -136,13 +136,17 @@ def _trainer_logprobs(
         float64 [N] on the CPU, completions one after the other.
     """
     model = load_policy(policy, dtype).to(device)
-    logprobs = []
-    for row in rows:
-        ids = np.array([*row["prompt_ids"], *row["completion_ids"]], dtype=np.int32)
-        sequence = TrainingSequence(ids=ids, prompt_length=len(row["prompt_ids"]), weight=1.0)
-        batch = pack_step([sequence], tokens_per_micro_batch=len(ids))
-        micro_batch = to_device(batch.micro_batches[0], device)
-        logits = target_logits(model, micro_batch).float()
-        nll = F.cross_entropy(logits, micro_batch.target_ids, reduction="none")
-        logprobs.append(-nll.double().cpu())
+    sequences = [
+        TrainingSequence(
+            np.array([*row["prompt_ids"], *row["completion_ids"]], np.int32),
+            len(row["prompt_ids"]),
+            1.0,
+        )
+        for row in rows
+    ]
+    logprobs: list[Tensor] = [torch.empty(0)] * len(rows)
+    for some in prompt_groups(sequences, tokens_per_batch=TOKENS_PER_BATCH):
+        drawn, sequence_of = token_logprobs(model, [sequences[n] for n in some], device)
+        for place, number in enumerate(some):
+            logprobs[number] = drawn[sequence_of == place].double().cpu()
     return torch.cat(logprobs)

@@ -1,9 +1,9 @@
 """Log-likelihoods of whole completions under a causal language model.
 
-Shape legend: S sequences.
+Shape legend: S sequences, T completion tokens of all of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,21 +18,52 @@ from restem_lightning.m_step.packing import (
 )
 
 
-def sequence_logprobs(
+def token_logprobs(
     model: PreTrainedModel, sequences: Sequence[TrainingSequence], device: torch.device
-) -> Tensor:
-    """Returns each sequence's log-probability of its completion given its prompt, float32 [S].
+) -> tuple[Tensor, Tensor]:
+    """Returns the log-probability of each completion token and the sequence that it is of.
 
     The sequences go through the model together; what their prompts begin with alike goes once.
+
+    Returns:
+        float32 [T] and int64 [T] on the device: a sequence's tokens one after the other.
     """
     num_tokens = sum(len(sequence.ids) for sequence in sequences)
     (packed,) = pack_step(sequences, tokens_per_micro_batch=num_tokens).micro_batches
     batch, order = to_device(packed, device), prompt_order(sequences)
     lengths = torch.tensor([sequences[index].completion_length for index in order])
-    row_of = torch.tensor(order).repeat_interleave(lengths).to(device)
+    sequence_of = torch.tensor(order).repeat_interleave(lengths).to(device)
     logprobs = target_logits(model, batch).float().log_softmax(-1)
-    taken = logprobs.gather(1, batch.target_ids[:, None])[:, 0]
-    return torch.zeros(len(sequences), device=device).index_add(0, row_of, taken)
+    return logprobs.gather(1, batch.target_ids[:, None])[:, 0], sequence_of
+
+
+def sequence_logprobs(
+    model: PreTrainedModel, sequences: Sequence[TrainingSequence], device: torch.device
+) -> Tensor:
+    """Returns each sequence's log-probability of its completion given its prompt, float32 [S]."""
+    logprobs, sequence_of = token_logprobs(model, sequences, device)
+    return torch.zeros(len(sequences), device=device).index_add(0, sequence_of, logprobs)
+
+
+def prompt_groups(
+    sequences: Sequence[TrainingSequence], *, tokens_per_batch: int
+) -> Iterator[list[int]]:
+    """Yields which sequences go through the model together: those with alike prompts.
+
+    Args:
+        sequences: in any order.
+        tokens_per_batch: most tokens of a batch; one sequence always goes.
+    """
+    some, total = [], 0
+    for index in prompt_order(sequences):
+        length = len(sequences[index].ids)
+        if some and total + length > tokens_per_batch:
+            yield some
+            some, total = [], 0
+        some.append(index)
+        total += length
+    if some:
+        yield some
 
 
 @torch.no_grad()
@@ -51,14 +82,7 @@ def all_logprobs(
         device: of the model.
         tokens_per_batch: most tokens of a batch; one sequence always goes.
     """
-    result, some, total = torch.zeros(len(sequences)), [], 0
-    for index in prompt_order(sequences):
-        length = len(sequences[index].ids)
-        if some and total + length > tokens_per_batch:
-            result[some] = sequence_logprobs(model, [sequences[n] for n in some], device).cpu()
-            some, total = [], 0
-        some.append(index)
-        total += length
-    if some:
+    result = torch.zeros(len(sequences))
+    for some in prompt_groups(sequences, tokens_per_batch=tokens_per_batch):
         result[some] = sequence_logprobs(model, [sequences[n] for n in some], device).cpu()
     return result
