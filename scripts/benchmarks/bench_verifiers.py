@@ -1,6 +1,6 @@
 r"""Verdicts of the math verifier per second, every one on another completion.
 
-    python scripts/benchmarks/bench_verifiers.py --gsm8k shared/gsm8k --math shared/math
+    python scripts/benchmarks/bench_verifiers.py --gsm8k DIR --math DIR
 
 Every problem of the training split is judged on its own reference solution and on the next
 problem's, in the calling process and by a pool of workers. No verdict is taken from the pool's
