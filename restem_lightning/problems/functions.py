@@ -13,9 +13,8 @@ from functools import cache
 from itertools import islice
 from typing import Any
 
-from restem_lightning.errors import UserError
 from restem_lightning.problems.records import Problem
-from restem_lightning.problems.words import SPLIT_SHARES, split_of
+from restem_lightning.problems.splits import GeneratedProblems, split_of
 
 NAMES = ("solve", "pick", "clean", "work", "apply", "run", "change", "go")
 ARGUMENTS = ("xs", "nums", "values", "items")
@@ -140,25 +139,10 @@ def draw_split(split: str, seed: int) -> Iterator[tuple[str, Task, str, str, lis
             yield question, task, name, argument, inputs
 
 
-class FunctionProblems:
+class FunctionProblems(GeneratedProblems):
     """Small functions on lists of numbers, generated on the spot."""
 
-    def __init__(self, split: str, num: int, seed: int = 0):
-        """Describes a fixed list of problems.
-
-        Args:
-            split: train, validation or held_out (corpus is what the embedded policy read).
-            num: number of problems, at least 1.
-            seed: another seed gives other problems of the same split.
-
-        Raises:
-            UserError: for an unknown split or a num below 1.
-        """
-        if split not in SPLIT_SHARES:
-            raise UserError(f"split ({split}) must be one of {', '.join(SPLIT_SHARES)}")
-        if num < 1:
-            raise UserError(f"num ({num}) of function problems must be at least 1")
-        self.split, self.num, self.seed = split, num, seed
+    source = "function_problems"
 
     def load(self) -> list[Problem]:
         """Returns the problems, the same ones at every call."""
@@ -169,12 +153,12 @@ class FunctionProblems:
         self, index: int, question: str, task: Task, name: str, argument: str, inputs: list
     ) -> Problem:
         return Problem(
-            problem_id=f"function_problems/{self.split}/{self.seed}/{index}",
+            problem_id=f"{self.source}/{self.split}/{self.seed}/{index}",
             question=question,
             reference_solution=write_program(task, name, argument),
             tests="\n".join(f"assert {name}({xs}) == {task.run(xs)}" for xs in inputs),
             entry_point=name,
             split=self.split,
-            source="function_problems",
+            source=self.source,
             metadata={"num_steps": len(task.steps)},
         )

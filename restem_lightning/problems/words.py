@@ -4,18 +4,16 @@ A problem starts with a count of things and changes it two to four times. Its sp
 of its own text (`split_of`), so no problem can occur in two splits, whatever the seeds.
 """
 
-import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from restem_lightning.errors import UserError
 from restem_lightning.problems.records import Problem
+from restem_lightning.problems.splits import GeneratedProblems, split_of
 
 NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gia", "Hugo", "Ivy", "Jon", "Kim", "Leo")
 THINGS = ("apples", "beads", "books", "cards", "coins", "pens", "shells", "stamps", "stones")
 BOXES = ("bags", "boxes", "packs")
-SPLIT_SHARES = {"corpus": 60, "train": 25, "validation": 5, "held_out": 10}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +30,6 @@ class Step:
 def calculate(left: int, operator: str, right: int) -> int:
     """Returns left operator right for the operators +, - and *."""
     return {"+": left + right, "-": left - right, "*": left * right}[operator]
-
-
-def split_of(question: str) -> str:
-    """Returns the one split that a question belongs to: corpus, train, validation or held_out."""
-    bucket = int.from_bytes(hashlib.sha256(question.encode()).digest()[:4], "big") % 100
-    for split, share in SPLIT_SHARES.items():
-        if bucket < share:
-            return split
-        bucket -= share
-    raise AssertionError("the shares add up to 100")
 
 
 def _draw_step(rng: random.Random, count: int, things: str) -> Step:
@@ -115,25 +103,10 @@ def draw_split(split: str, seed: int) -> Iterator[tuple[str, int, tuple[Step, ..
             yield problem
 
 
-class WordProblems:
+class WordProblems(GeneratedProblems):
     """Arithmetic word problems, generated on the spot."""
 
-    def __init__(self, split: str, num: int, seed: int = 0):
-        """Describes a fixed list of problems.
-
-        Args:
-            split: train, validation or held_out (corpus is what the embedded base model read).
-            num: number of problems, at least 1.
-            seed: another seed gives other problems of the same split.
-
-        Raises:
-            UserError: for an unknown split or a num below 1.
-        """
-        if split not in SPLIT_SHARES:
-            raise UserError(f"split ({split}) must be one of {', '.join(SPLIT_SHARES)}")
-        if num < 1:
-            raise UserError(f"num ({num}) of word problems must be at least 1")
-        self.split, self.num, self.seed = split, num, seed
+    source = "word_problems"
 
     def load(self) -> list[Problem]:
         """Returns the problems, the same ones at every call."""
@@ -144,12 +117,12 @@ class WordProblems:
             worked = work_out(start, steps)
             problems.append(
                 Problem(
-                    problem_id=f"word_problems/{self.split}/{self.seed}/{index}",
+                    problem_id=f"{self.source}/{self.split}/{self.seed}/{index}",
                     question=question,
                     reference_answer=str(worked[-1][-1]),
                     reference_solution=write_solution(worked),
                     split=self.split,
-                    source="word_problems",
+                    source=self.source,
                     metadata={"num_calculations": len(worked)},
                 )
             )

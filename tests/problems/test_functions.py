@@ -5,7 +5,7 @@ import pytest
 from restem_lightning.errors import UserError
 from restem_lightning.problems import FunctionProblems, check_splits
 from restem_lightning.problems.functions import STEPS, Task, draw_split, write_program
-from restem_lightning.problems.words import SPLIT_SHARES
+from restem_lightning.problems.splits import SPLIT_SHARES
 from restem_lightning.verifiers.programs import extract_program
 
 
