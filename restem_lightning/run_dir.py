@@ -39,6 +39,7 @@ class IterationDir:
         self.verifier = self.path / "verifier"
         self.verifier_training = self.path / "verifier_training"
         self.verifier_json = self.path / "verifier.json"
+        self.memory = self.path / "memory_mib.json"
         self.metrics = self.path / "metrics.json"
         self.manifest = self.path / "manifest.json"
 

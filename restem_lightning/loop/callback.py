@@ -215,11 +215,11 @@ class ReSTEMCallback(Callback):
     def _note_memory(self, iteration: int, stage: str) -> None:
         """Writes down what rank 0 still holds behind a stage: it should not grow."""
         if is_rank_zero() and (memory := held_memory_mib()) is not None:
-            path = self.loop.run.iteration(iteration).path / "memory_mib.json"
+            path = self.loop.run.iteration(iteration).memory
             write_json(path, {**(read_json(path) if path.exists() else {}), stage: memory})
 
     def _finish(self, iteration: int, paths: IterationDir, policy_hash: str) -> None:
-        loop, memory = self.loop, paths.path / "memory_mib.json"
+        loop = self.loop
         metrics = {
             "iteration": iteration,
             "evaluation": {
@@ -229,7 +229,7 @@ class ReSTEMCallback(Callback):
             "e_step": self.e_step.metrics() if iteration else {},
             "m_step": read_json(paths.m_step / "m_step.json") if iteration else {},
             "seconds": read_json(paths.path / "seconds.json"),
-            "memory_mib": read_json(memory) if memory.exists() else {},
+            "memory_mib": read_json(paths.memory) if paths.memory.exists() else {},
         }
         write_json(paths.metrics, metrics)
         for name, values in metrics["evaluation"].items():

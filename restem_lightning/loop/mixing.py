@@ -80,8 +80,9 @@ def mix(
             yield table
     for table in earlier if wants_earlier else ():
         # A human solution is of iteration 0; it is added anew below.
-        is_new = [one not in seen and not one.startswith("0/") for one in _addresses(table)]
-        seen.update(_addresses(table))
+        addresses = _addresses(table)
+        is_new = [one not in seen and not one.startswith("0/") for one in addresses]
+        seen.update(addresses)
         yield table.filter(pa.array(is_new, pa.bool_()))
     if params.human != "none":
         wanted = [one for one in problems if params.human == "all" or one.problem_id in solved]
