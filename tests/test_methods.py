@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from restem_lightning.completions import Completion, Verdict, VerdictKind, to_table
+from restem_lightning.completions import Verdict, VerdictKind, to_table
 from restem_lightning.loop.mixing import mix
 from restem_lightning.loop.quota import next_indices
 from restem_lightning.problems import Problem
@@ -19,6 +19,7 @@ from restem_lightning.prompts import FewShotPrompt
 from restem_lightning.run_dir import RunDir, read_json
 from restem_lightning.selection import HINT, balance_score, select_completions, solved_problems
 from restem_lightning.settings import EMBEDDED_POLICY, verifier_spec
+from tests.factories import make_completion
 
 # LightningCLI warns of words given beside those of pytest's own command line.
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args")
@@ -142,19 +143,13 @@ class Letters:
 
 
 def completion(address, kind, answer, reward, text=None, iteration=1, purpose=""):
-    return Completion(
+    return make_completion(
         iteration=iteration,
         problem_id=address[0],
         completion_index=address[1],
-        seed=0,
         prompt_ids=[1, 2] if purpose == "" else [1, 2, 3],
         completion_ids=[9],
         text=text or f"text {address[1]}",
-        logprobs=[-1.0],
-        sampling_logprobs=[-1.0],
-        finish_reason="eos",
-        policy_hash="h",
-        sampling="{}",
         purpose=purpose,
         verdict=Verdict(kind=kind, reward=reward, extracted=answer),
     )

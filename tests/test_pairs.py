@@ -2,19 +2,19 @@
 
 import pyarrow as pa
 
-from restem_lightning.completions import Completion, CompletionStore, Verdict, VerdictKind
+from restem_lightning.completions import CompletionStore, VerdictKind
 from restem_lightning.selection import ACCEPTED_SCHEMA
 from restem_lightning.selection.pairs import preference_pairs
+from tests.factories import make_completion
 
 CORRECT, WRONG, NO_ANSWER, TIMEOUT, ERROR = VerdictKind
 EOS = 0
 
 
 def completion(problem_id, index, ids, kind, finish="eos"):
-    return Completion(
-        iteration=1, problem_id=problem_id, completion_index=index, seed=0, prompt_ids=[9],
-        completion_ids=ids, text="", logprobs=[0.0] * len(ids), sampling_logprobs=[0.0] * len(ids),
-        finish_reason=finish, policy_hash="h", sampling="{}", verdict=Verdict(kind=kind),
+    return make_completion(
+        problem_id=problem_id, completion_index=index, prompt_ids=[9], completion_ids=ids,
+        finish_reason=finish, kind=kind,
     )  # fmt: skip
 
 

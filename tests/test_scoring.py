@@ -8,11 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers import LlamaForSequenceClassification as Classifier
 
-from restem_lightning.completions import Completion, Verdict, VerdictKind
+from restem_lightning.completions import VerdictKind
 from restem_lightning.errors import UserError
 from restem_lightning.problems import Problem
 from restem_lightning.scoring import ClassifierScorer, LikelihoodScorer, ScoringParams
 from restem_lightning.settings import EMBEDDED_POLICY
+from tests.factories import make_completion
 
 CORRECT, WRONG, NO_ANSWER, TIMEOUT, ERROR = VerdictKind
 PROBLEM = Problem(problem_id="p", question="Two and two?")
@@ -23,13 +24,13 @@ def completion(text, *, kind=CORRECT, finish="eos"):
     tokenizer = AutoTokenizer.from_pretrained(POLICY)
     ids = tokenizer.encode(text, add_special_tokens=False)
     ids += [tokenizer.eos_token_id] if finish == "eos" else []
-    zeros = [0.0] * len(ids)
-    return Completion(
-        iteration=1, problem_id="p", completion_index=0, seed=0,
-        prompt_ids=tokenizer.encode("Q: Two and two?\nA:\n"), completion_ids=ids, text=text,
-        logprobs=zeros, sampling_logprobs=zeros, finish_reason=finish, policy_hash="h",
-        sampling="{}", verdict=Verdict(kind=kind),
-    )  # fmt: skip
+    return make_completion(
+        prompt_ids=tokenizer.encode("Q: Two and two?\nA:\n"),
+        completion_ids=ids,
+        text=text,
+        finish_reason=finish,
+        kind=kind,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,7 @@ from restem_lightning.selection import (
 from restem_lightning.selection import accepted as accepted_module
 from restem_lightning.selection.buckets import Buckets
 from restem_lightning.selection.rules import edit_distance
+from tests.factories import make_completion
 
 KINDS = [VerdictKind.CORRECT, VerdictKind.WRONG, VerdictKind.NO_ANSWER]
 
@@ -39,19 +40,15 @@ KINDS = [VerdictKind.CORRECT, VerdictKind.WRONG, VerdictKind.NO_ANSWER]
 def completion(
     problem_id="p", index=0, text="t", kind=VerdictKind.CORRECT, finish="eos", reward=None
 ) -> Completion:
-    return Completion(
-        iteration=1,
+    return make_completion(
         problem_id=problem_id,
         completion_index=index,
-        seed=0,
         prompt_ids=[1, 2],
         completion_ids=[index, 9],
         text=text,
         logprobs=[-1.0, -0.5],
         sampling_logprobs=[-0.25, -0.125],
         finish_reason=finish,
-        policy_hash="abc",
-        sampling="{}",
         verdict=Verdict(kind=kind, reward=reward, elapsed_s=random.random()),
         verifier="math/1",
     )

@@ -7,28 +7,19 @@ from restem_lightning.compare.table import (
     read_outcome,
     text_table,
 )
-from restem_lightning.completions import Completion, CompletionStore, Verdict, VerdictKind
+from restem_lightning.completions import CompletionStore, VerdictKind
 from restem_lightning.errors import UserError
 from restem_lightning.run_dir import RunDir, write_json
+from tests.factories import make_completion
 
 
 def pool(folder, correct):
     """Writes a pool whose problems p0, p1, ... have these completions; 1 is CORRECT."""
     completions = [
-        Completion(
-            iteration=1,
+        make_completion(
             problem_id=f"p{number}",
             completion_index=index,
-            seed=0,
-            prompt_ids=[1],
-            completion_ids=[2],
-            text="t",
-            logprobs=[-1.0],
-            sampling_logprobs=[-1.0],
-            finish_reason="eos",
-            policy_hash="abc",
-            sampling="{}",
-            verdict=Verdict(kind=VerdictKind.CORRECT if right else VerdictKind.WRONG),
+            kind=VerdictKind.CORRECT if right else VerdictKind.WRONG,
         )
         for number, row in enumerate(correct)
         for index, right in enumerate(row)

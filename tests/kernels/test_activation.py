@@ -5,17 +5,9 @@ import torch
 from restem_kernels import reference
 from restem_kernels.activation import gated_silu
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # what torch.empty returns is then NaN
-    assert torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def gate_up(num_rows, size, dtype, *, stride=None):

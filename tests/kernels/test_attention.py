@@ -20,11 +20,6 @@ NUM_BLOCKS, WIDTH = 64, 8  # blocks of the cache, and of a table
 UNUSED = 2**30
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @contextmanager
 def poisoned_memory():
     """Fills new tensors with NaN: every part of a result must have been written."""

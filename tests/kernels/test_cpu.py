@@ -9,11 +9,6 @@ T, K, D, S = 21, 2, 16, 8
 PREAMBLE, QUESTIONS = 43, (9, 30)  # tokens
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def ints(values):
     return torch.tensor(values, dtype=torch.int32)
 

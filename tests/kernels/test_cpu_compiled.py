@@ -13,21 +13,12 @@ from restem_kernels import c_library, cpu_compiled, reference
 from restem_kernels.work import Work
 from torch.nn.functional import scaled_dot_product_attention
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = [torch.float32, torch.bfloat16]
 PREAMBLE, QUESTIONS = 163, (9, 70)  # tokens
 OWN = (1, 2, 31, 32, 33, 64, 129, 200, 5, 17, 40)  # tokens of each row
 GROUPS = (tuple(range(8)), (8, 9, 10))  # rows of each question
 RANGE = 160  # keys of a tile
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # what torch.empty returns is then NaN
-    assert torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(1)
 
 
 def ints(values):

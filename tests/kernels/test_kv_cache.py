@@ -6,20 +6,12 @@ from restem_kernels import reference
 from restem_kernels.kv_cache import rotate_and_write, write_kv
 from restem_kernels.work import DUMP_BLOCK, Work
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NUM_BLOCKS, SLOTS, NUM_POSITIONS = 12, 8, 40
 # Query heads, key heads, head size.
 SHAPES = [(4, 2, 64), (15, 5, 64), (6, 3, 80), (1, 1, 96), (12, 2, 128), (14, 2, 6), (4, 1, 256)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # what torch.empty returns is then NaN
-    assert torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def ints(values):

@@ -1,6 +1,5 @@
 """The noise inside Triton kernels against its definition, bit by bit."""
 
-import pytest
 import torch
 import triton
 import triton.language as tl
@@ -8,11 +7,6 @@ from restem_kernels import noise, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ONES = 2**32 - 1
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 def random_words(num: int) -> torch.Tensor:

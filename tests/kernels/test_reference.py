@@ -32,11 +32,6 @@ KNOWN_ANSWERS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def random_logits(num_rows: int, num_tokens: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return 3 * torch.randn(num_rows, num_tokens, generator=generator)

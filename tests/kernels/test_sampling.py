@@ -6,6 +6,7 @@ import pytest
 import torch
 from restem_kernels import cpu, cpu_compiled, reference, sampling
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SETTINGS = [
@@ -23,15 +24,6 @@ SETTINGS = [
 NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 Drawn = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # what torch.empty returns is then NaN
-    assert torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def draw_torch(*tensors: torch.Tensor, **settings: float) -> Drawn:

@@ -2,30 +2,21 @@ import random
 
 import pytest
 
-from restem_lightning.completions import Completion, CompletionStore, Verdict, VerdictKind
+from restem_lightning.completions import CompletionStore, Verdict, VerdictKind
 from restem_lightning.errors import UserError
 from restem_lightning.loop.evaluate import EvaluationParams, measure
 from restem_lightning.metrics import evaluate_table
 from restem_lightning.sampler import SamplingParams
+from tests.factories import make_completion
 
 SAMPLING = SamplingParams(n=8, temperature=0.7, top_k=40, min_p=0.1, max_new_tokens=9, stop=("Q",))
 
 
-def completion(problem_id, index, is_right, extracted) -> Completion:
+def completion(problem_id, index, is_right, extracted):
     kind = VerdictKind.CORRECT if is_right else VerdictKind.WRONG
-    return Completion(
-        iteration=1,
+    return make_completion(
         problem_id=problem_id,
         completion_index=index,
-        seed=0,
-        prompt_ids=[1],
-        completion_ids=[2],
-        text="t",
-        logprobs=[-0.5],
-        sampling_logprobs=[-0.5],
-        finish_reason="eos",
-        policy_hash="abc",
-        sampling="{}",
         verdict=Verdict(kind=kind, extracted=extracted),
         verifier="math/1",
     )

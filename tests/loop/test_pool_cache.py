@@ -6,26 +6,10 @@ import threading
 
 import pytest
 
-from restem_lightning.completions import Completion, CompletionStore
+from restem_lightning.completions import CompletionStore
 from restem_lightning.loop.pool_cache import is_shared, shared_pool
 from restem_lightning.run_dir import RunDir, read_json
-
-
-def completion(problem_id):
-    return Completion(
-        iteration=1,
-        problem_id=problem_id,
-        completion_index=0,
-        seed=0,
-        prompt_ids=[1],
-        completion_ids=[2],
-        text="t",
-        logprobs=[-1.0],
-        sampling_logprobs=[-1.0],
-        finish_reason="eos",
-        policy_hash="abc",
-        sampling="{}",
-    )
+from tests.factories import make_completion
 
 
 def fill(folder, cache, key, num_drawn):
@@ -34,7 +18,7 @@ def fill(folder, cache, key, num_drawn):
     with shared_pool(None if cache is None else str(cache), store, key, num_parts=2):
         done = {part.index for part in store.parts()}
         for index in {0, 1} - done:
-            store.write_part(index, [completion(f"p{index}")])
+            store.write_part(index, [make_completion(problem_id=f"p{index}")])
             num_drawn.append(index)
     return store
 
@@ -69,7 +53,7 @@ def test_what_was_drawn_before_is_never_replaced(tmp_path):
     drawn = []
     fill(tmp_path / "a", tmp_path / "cache", {}, drawn)
     store = CompletionStore(tmp_path / "b")
-    own = store.write_part(0, [completion("p0")]).path.stat().st_ino
+    own = store.write_part(0, [make_completion()]).path.stat().st_ino
     fill(tmp_path / "b", tmp_path / "cache", {}, drawn)
     assert drawn == [0, 1, 1]
     assert store.parts()[0].path.stat().st_ino == own
@@ -80,7 +64,7 @@ def test_an_interrupted_pool_is_not_shared(tmp_path):
 
     def interrupted():
         with shared_pool(str(tmp_path / "cache"), store, {}, num_parts=2):
-            store.write_part(0, [completion("p0")])
+            store.write_part(0, [make_completion()])
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

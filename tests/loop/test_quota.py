@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 
 from restem_lightning.completions import (
-    Completion,
     CompletionStore,
-    Verdict,
     VerdictKind,
     to_table,
 )
@@ -17,28 +15,15 @@ from restem_lightning.loop.quota import next_indices
 from restem_lightning.problems import WordProblems, write_problems
 from restem_lightning.run_dir import RunDir, read_json
 from restem_lightning.selection import SelectionParams, select_completions
+from tests.factories import make_completion
 
 EASY = f"{Path(__file__).with_name('easy_verifier.py')}:EasyVerifier"
 N = 8
 RULES = ["none", "exact", "normalized", "equations"]
 
 
-def completion(index, text="t", kind=VerdictKind.CORRECT, finish="eos") -> Completion:
-    return Completion(
-        iteration=1,
-        problem_id="p",
-        completion_index=index,
-        seed=0,
-        prompt_ids=[1],
-        completion_ids=[2],
-        text=text,
-        logprobs=[-1.0],
-        sampling_logprobs=[-1.0],
-        finish_reason=finish,
-        policy_hash="abc",
-        sampling="{}",
-        verdict=Verdict(kind=kind),
-    )
+def completion(index, text="t", kind=VerdictKind.CORRECT, finish="eos"):
+    return make_completion(completion_index=index, text=text, kind=kind, finish_reason=finish)
 
 
 def turns(pool, quota):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from restem_lightning.sampler import EngineParams, Sampler
+from restem_lightning.sampler import EngineParams, Request, Sampler
 
 VOCAB = 64
 EOS = 1
@@ -102,5 +102,25 @@ def prompt():
     def make(length, seed=0):
         generator = torch.Generator().manual_seed(1000 * length + seed)
         return tuple(torch.randint(2, VOCAB, (length,), generator=generator).tolist())
+
+    return make
+
+
+@pytest.fixture
+def make_requests(prompt):
+    """Returns a function that makes requests p0, p1, ... behind one preamble."""
+
+    def make(lengths, preamble=13, n=4):
+        """Makes one for each length of a question; n is the same for all, or a list."""
+        counts = [n] * len(lengths) if isinstance(n, int) else n
+        return [
+            Request(
+                request_id=f"p{number}",
+                prompt_ids=(*prompt(preamble), *prompt(length)),
+                num_shared=preamble,
+                indices=tuple(range(count)),
+            )
+            for number, (length, count) in enumerate(zip(lengths, counts, strict=True))
+        ]
 
     return make

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from restem_lightning.sampler import Request, SamplingParams
+from restem_lightning.sampler import SamplingParams
 
 PARAMS = SamplingParams(n=4, temperature=1.0, top_k=20, top_p=0.97, max_new_tokens=40)
 ROOT = Path(__file__).parents[2]
@@ -21,17 +21,8 @@ print(sampler.ops.__name__)
 
 
 @pytest.fixture
-def requests(prompt):
-    preamble = prompt(13)
-    return [
-        Request(
-            request_id=f"p{number}",
-            prompt_ids=(*preamble, *prompt(1 + 9 * number)),
-            num_shared=13,
-            indices=(0, 1, 2, 3),
-        )
-        for number in range(5)
-    ]
+def requests(make_requests):
+    return make_requests(range(1, 46, 9))
 
 
 # Llama's layers are fused; the others call attention behind transformers' interface.

@@ -18,17 +18,8 @@ SIZES = {
 
 
 @pytest.fixture
-def requests(prompt):
-    preamble = prompt(70)
-    return [
-        Request(
-            request_id=f"p{number}",
-            prompt_ids=(*preamble, *prompt(1 + 7 * number)),
-            num_shared=70,
-            indices=tuple(range(1 + number % 4)),
-        )
-        for number in range(30)
-    ]
+def requests(make_requests):
+    return make_requests(range(1, 211, 7), preamble=70, n=[1 + k % 4 for k in range(30)])
 
 
 @pytest.fixture

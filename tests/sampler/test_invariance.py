@@ -16,17 +16,8 @@ FAMILIES = ("llama", "gemma2", "mistral")
 
 
 @pytest.fixture
-def requests(prompt):
-    preamble = prompt(13)
-    return [
-        Request(
-            request_id=f"p{number}",
-            prompt_ids=(*preamble, *prompt(1 + 3 * number)),
-            num_shared=13,
-            indices=(0, 1, 2, 3),
-        )
-        for number in range(10)
-    ]
+def requests(make_requests):
+    return make_requests(range(1, 31, 3))
 
 
 @pytest.fixture

@@ -6,24 +6,15 @@ Without a GPU the kernels run in Triton's interpreter, seconds a step: few token
 import pytest
 import torch
 
-from restem_lightning.sampler import Request, SamplingParams
+from restem_lightning.sampler import SamplingParams
 
 ON_GPU = torch.cuda.is_available()
 NUM_NEW = 40 if ON_GPU else 3
 
 
 @pytest.fixture
-def requests(prompt):
-    preamble = prompt(13)
-    return [
-        Request(
-            request_id=f"p{number}",
-            prompt_ids=(*preamble, *prompt(3 + 6 * number)),
-            num_shared=13,
-            indices=(0, 1, 2),
-        )
-        for number in range(8 if ON_GPU else 2)
-    ]
+def requests(make_requests):
+    return make_requests(range(3, 51, 6)[: 8 if ON_GPU else 2], n=3)
 
 
 @pytest.mark.parametrize(
