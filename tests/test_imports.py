@@ -21,40 +21,6 @@ NOUNS = (
     "errors",
     "selection.pairs",
 )
-SAMPLER = (
-    "params",
-    "sequence",
-    "blocks",
-    "scheduler",
-    "batch",
-    "lanes",
-    "kv_cache",
-    "attention",
-    "fused",
-    "runner",
-    "weights",
-    "generation",
-    "engine",
-)
-M_STEP = (
-    "attention",
-    "datamodule",
-    "export",
-    "fsdp",
-    "likelihood",
-    "lora",
-    "loss",
-    "module",
-    "optimization",
-    "optimizer_state",
-    "packing",
-    "preference",
-    "probe",
-    "sequences",
-    "shards",
-    "stopping",
-    "weights",
-)
 
 
 def modules_after(statement):
@@ -63,6 +29,14 @@ def modules_after(statement):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
+
+
+def modules_after_all_of(folder):
+    """Returns the names of all modules that importing every file of a package leaves imported."""
+    names = sorted(path.stem for path in (ROOT / folder).glob("[a-z]*.py"))
+    assert names
+    package = Path(folder).name if folder.startswith("kernels") else folder.replace("/", ".")
+    return modules_after("\n".join(f"import {package}.{name}" for name in names))
 
 
 def among(modules, *names):
@@ -80,9 +54,8 @@ def test_the_package_alone_imports_nothing_heavy_and_is_fast():
     assert time.monotonic() - start < 3.0
 
 
-@pytest.mark.parametrize("noun", NOUNS)
-def test_nouns_import_neither_torch_nor_lightning(noun):
-    modules = modules_after(f"import restem_lightning.{noun}")
+def test_nouns_import_neither_torch_nor_lightning():
+    modules = modules_after("\n".join(f"import restem_lightning.{noun}" for noun in NOUNS))
     assert not among(
         modules, "torch", "lightning", "transformers", *rooms("sampler", "m_step", "loop")
     )
@@ -104,8 +77,7 @@ def test_verifiers_and_their_workers_never_import_torch():
 
 
 def test_sampler_imports_none_of_the_other_rooms():
-    statement = "\n".join(f"import restem_lightning.sampler.{name}" for name in SAMPLER)
-    modules = modules_after(statement)
+    modules = modules_after_all_of("restem_lightning/sampler")
     others = rooms("verifiers", "m_step", "loop", "report", "completions", "selection")
     assert not among(modules, "lightning", "wandb", *others)
 
@@ -118,8 +90,7 @@ def test_bookkeeping_of_the_sampler_is_written_without_torch(module):
 
 
 def test_m_step_imports_neither_sampler_nor_verifiers():
-    statement = "\n".join(f"import restem_lightning.m_step.{name}" for name in M_STEP)
-    modules = modules_after(statement)
+    modules = modules_after_all_of("restem_lightning/m_step")
     assert not among(modules, "wandb", *rooms("sampler", "verifiers", "loop", "report"))
 
 
@@ -129,29 +100,19 @@ def test_report_imports_no_training_code():
 
 
 def test_kernels_import_nothing_of_the_package():
-    names = [path.stem for path in (ROOT / "kernels" / "restem_kernels").glob("[a-z]*.py")]
-    assert "reference" in names
-    statement = "\n".join(f"import restem_kernels.{name}" for name in names)
-    modules = modules_after(statement)
+    modules = modules_after_all_of("kernels/restem_kernels")
     assert not among(modules, "restem_lightning", "lightning", "transformers")
 
 
-def test_the_loop_needs_no_optional_library_and_starts_no_cuda():
+def test_importing_the_loop_changes_nothing_and_needs_no_optional_library():
     modules = modules_after(
-        "import restem_lightning.fit, restem_lightning.commands, torch\n"
+        "import os, torch, lightning.pytorch, transformers\n"  # they do set variables
+        "before = dict(os.environ)\n"
+        "import restem_lightning.fit, restem_lightning.commands\n"
+        "assert dict(os.environ) == before\n"
         "assert not torch.cuda.is_initialized()"
     )
     assert not among(modules, "wandb", "flash_attn", "reasoning_gym", "datasets", "peft")
-
-
-def test_importing_sets_no_environment_variable():
-    statement = (
-        "import os, torch, lightning.pytorch, transformers\n"  # they do set some
-        "before = dict(os.environ)\n"
-        "import restem_lightning.fit, restem_lightning.commands\n"
-        "assert dict(os.environ) == before"
-    )
-    modules_after(statement)
 
 
 def test_the_folder_kernels_does_not_disturb_the_library_of_that_name():
