@@ -1,5 +1,6 @@
 """The iterations of ReST^EM, one Trainer.fit each, chained through the run folder."""
 
+import gc
 import re
 import shlex
 import sys
@@ -63,6 +64,8 @@ def fit(words: list[str]) -> None:
         UserError: for a user's mistake.
     """
     cli = make_cli(words)
+    if not gc.get_freeze_count():  # what is imported by now stays: collections need not look at it
+        gc.freeze()
     run = RunDir(cli.config.run_dir)
     stop = StopRequest(reserve_s=cli.config.walltime_reserve_s)
     with _stopping(run, stop, command=shlex.join(["restem", "fit", *words])):
