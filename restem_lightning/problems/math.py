@@ -9,6 +9,13 @@ from restem_lightning.problems.records import Problem, rows_of, take_slice, text
 
 logger = logging.getLogger(__name__)
 
+MAX_LINKED = 16
+# From the end of a box to the beginning of the next one.
+_LINK = re.compile(
+    r"\}(?:[\s$]|\\[)\]])*,?\s*(?:\\text\s*\{\s*)?(?P<word>and|or|(?<=,))(?:\s*\})?"
+    r"(?:[\s$]|\\[(\[])*(?:[A-Za-z](?:\([a-z]\))?\s*=\s*)?\Z"
+)
+
 
 class GSM8K:
     """Grade-school word problems with integer answers (arXiv 2110.14168)."""
@@ -61,6 +68,9 @@ class MATH:
     ) -> None:
         r"""Reads MATH in its original format; the answer is the last \boxed{...} of the solution.
 
+        So it is in published results, but where "and" joins it to other boxes all of them are the
+        answer: a policy that gives half of it must not be right.
+
         Args:
             path: a folder with train/test .jsonl or .jsonl.gz, one such file, or else the id of a
                 Hugging Face data set (needs the `datasets` library).
@@ -97,7 +107,7 @@ class MATH:
         return Problem(
             problem_id=f"math/{self._split}/{index}",
             question=text_field(row, "problem", where),
-            reference_answer=(last_boxed(solution) or "").strip(),
+            reference_answer=_boxed_reference(solution),
             reference_solution=solution,
             split=self._split,
             source="math",
@@ -114,9 +124,43 @@ class MATH:
         return kept
 
 
+def _boxed_reference(solution: str) -> str:
+    boxes, word = linked_boxes(solution)
+    return boxes[-1].strip() if word == "or" else ", ".join(box.strip() for box in boxes)
+
+
+def linked_boxes(text: str) -> tuple[list[str], str]:
+    r"""Returns what the last \boxed holds, behind those that "and", "or" or a comma join to it.
+
+    The second value is "or" if it joins any two of them, else "and" (so for one alone). The list is
+    empty as `last_boxed` is None.
+    """
+    boxes: list[str] = []
+    word = "and"
+    while len(boxes) < MAX_LINKED and (box := last_boxed(text)) is not None:
+        boxes.insert(0, box)
+        text = text[: _start_of_box(text)]
+        link = _LINK.search(text[-80:])
+        if link is None:
+            break
+        text = text[: len(text) - len(link[0]) + 1]
+        before = text[_start_of_box(text) :] if "box" in text else ""
+        if not re.fullmatch(r"\\f?box(?:ed)?\s*\{.*\}", before, re.DOTALL) or (
+            not before.endswith(f"{{{last_boxed(text)}}}")
+        ):
+            break
+        if link["word"] == "or":
+            word = "or"
+    return boxes, word
+
+
+def _start_of_box(text: str) -> int:
+    return max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+
+
 def last_boxed(text: str) -> str | None:
     r"""Returns what the last \boxed or \fbox holds, None if there is none or it is not closed."""
-    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    start = _start_of_box(text)
     if start < 0:
         return None
     rest = text[start:].removeprefix("\\boxed").removeprefix("\\fbox").lstrip()

@@ -30,6 +30,7 @@ _NAMED_TUPLE = re.compile(r"\(([A-Za-z](?:,[A-Za-z])+)\)=(\(.*\))")
 _SIGN = re.compile(r"(\\(?:le|ge|ne|lt|gt)(?![A-Za-z])|[=<>])")
 _SIGNS = {r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\lt": "<", r"\gt": ">"}
 _FLIPPED = {">": "<", ">=": "<="}
+_OR = re.compile(r"\\text\{ ?or ?\}|(?<![A-Za-z])or(?![A-Za-z])")
 _INFINITY = r"\infty"
 _APPROXIMATELY = re.compile(r"\\approx(?![A-Za-z])")
 _UNORDERED = frozenset(("", "{}"))
@@ -203,6 +204,18 @@ def _compare_lists(reference: str, answer: str) -> Decision:
     return _compare_items(items, others, is_ordered=brackets not in _UNORDERED)
 
 
+def _compare_alternatives(reference: str, answer: str) -> Decision:
+    """Takes `a or b` for b, where a and b are the same; else it is a list."""
+    sides = []
+    for text in (reference, answer):
+        parts = [bare(part) for part in _OR.split(text)]
+        is_one = 1 < len(parts) <= MAX_ITEMS and all(
+            _compare(parts[-1], part)[0] for part in parts[:-1]
+        )
+        sides.append(parts[-1] if is_one else text)
+    return None if sides == [reference, answer] else _compare(*sides)
+
+
 def _compare_items(items: list[str], others: list[str], *, is_ordered: bool) -> tuple[bool, str]:
     if len(items) != len(others):
         return False, "different number of elements"
@@ -326,6 +339,7 @@ def _commands(text: str) -> frozenset[str]:
 
 _STEPS = (
     _compare_words,
+    _compare_alternatives,
     _compare_bases,
     _compare_numbers,
     _compare_matrices,

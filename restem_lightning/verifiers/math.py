@@ -9,7 +9,7 @@ from restem_lightning.completions import Verdict, VerdictKind
 from restem_lightning.equations import equations
 from restem_lightning.errors import UserError
 from restem_lightning.problems import Problem
-from restem_lightning.problems.math import last_boxed
+from restem_lightning.problems.math import linked_boxes
 from restem_lightning.verifiers.comparison import compare
 from restem_lightning.verifiers.equations import wrong_equation
 from restem_lightning.verifiers.restated import is_restated
@@ -49,6 +49,7 @@ _RENDERED = {
 _BEFORE_A_PART = re.compile(r"(?<!-)-\Z")
 _AFTER_A_PART = re.compile(r"\}(?:\^(?!\{?\\circ)|[-+/](?!-)|\\(?:cdot|times|div)(?![A-Za-z]))")
 _PLAIN_NUMBER = re.compile(r"-?(?:\d{1,40}|\d{1,3}(?:,\d{3}){1,9})(?:\.\d{1,20})?", re.ASCII)
+_JOINED = {"and": ", ", "or": r" \text{ or } "}
 ANSWER_FORMATS = tuple(_RENDERED)
 _MARKED = ("gsm8k", "boxed", "final_answer", "answer_tag")
 
@@ -198,8 +199,9 @@ def extract_answer(
 ) -> str | None:
     r"""Returns the last answer in the declared format, None if there is none or it is empty.
 
-    Only `judged_text` counts. Two different answers are no error: the last one counts. A box that
-    holds a part of an expression, as in -\boxed{5}, is an empty answer. Takes linear time.
+    Only `judged_text` counts. Two different answers are no error: the last one counts, but boxes
+    that "and", "or" or a comma joins are one answer. A box that holds a part of an expression, as
+    in -\boxed{5}, is an empty answer. Takes linear time.
     """
     kept = judged_text(text, stop_marks)
     if answer_format == "auto":
@@ -221,10 +223,11 @@ def _last_answer(text: str, answer_format: str) -> tuple[int, str] | None:
         start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
         if start < 0:
             return None
-        answer = last_boxed(text) or ""
+        boxes, word = linked_boxes(text)
+        answer = boxes[-1] if boxes else ""
         after = text[text.find(answer, start + len(r"\boxed")) + len(answer) :]
         is_part = _BEFORE_A_PART.search(text[:start][-2:]) or _AFTER_A_PART.match(after)
-        return start, "" if is_part else answer
+        return start, "" if is_part else _JOINED[word].join(boxes)
     if answer_format == "answer_tag":
         end = text.rfind("</answer>")
         start = text.rfind("<answer>", 0, max(end, 0))

@@ -189,6 +189,22 @@ def test_last_boxed(text, expected):
     assert last_boxed(text) == expected
 
 
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        (r"They meet at $\boxed{(-2,18)}$ and $\boxed{(8,38)}$.", "(-2,18), (8,38)"),
+        (r"so $k=\boxed{12}$ and $k = \boxed{18}$.", "12, 18"),
+        (r"$\boxed{28}$ or $\boxed{28_9}$", "28_9"),  # the benchmark's own answer
+        (r"Thus $\boxed{3}$. Alternatively, again $\boxed{3}$.", "3"),
+    ],
+)
+def test_boxes_that_and_joins_are_one_reference_answer(tmp_path, solution, answer):
+    row = {"problem": "p", "solution": solution}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    (problem,) = MATH(str(tmp_path), "train").load()
+    assert problem.reference_answer == answer
+
+
 def test_generated_problems_are_the_same_at_every_call():
     first, again = (ReasoningGym("chain_sum", seed=7, num=3, split="s").load() for _ in range(2))
     assert first == again
