@@ -27,6 +27,8 @@ SAME = [
     *[("1101_2", "1101"), (r"\text{Saturday}", "saturday"), (r"\text{(C)}", "C")],
     *[(r"\sqrt{8}", r"2\sqrt{2}"), ("(x+1)^2", "x^2+2x+1"), (r"1-\frac{1}{e}", r"\frac{e-1}{e}")],
     *[(r"\frac{x+1}{x-1}", "(x+1)/(x-1)"), (r"(-\infty,0)\cup(1,2)", r"(-\infty, 0) \cup (1, 2)")],
+    (r"(-\infty,-2)\cup(2,\infty)", r"x<-2\text{ or }x>2"),
+    (r"(-\infty,-2]\cup(3,4)", r"3<x<4 or x\le -2"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
     *[
         (r"0.\overline{3}", "1/3"),
@@ -57,6 +59,8 @@ DIFFERENT = [
     *[(r"5\text{ cm}^2", r"5\text{ cm}"), ("5", "5x"), ("3x", "3"), (r"\$5", "5 cents and more")],
     # Brackets, relations, assignments.
     *[("[0,1)", "[0,1]"), ("(0,1)", "[0,1]"), ("(1,2)", r"\{1,2\}"), ("x=5", "x<5")],
+    *[(r"(-\infty,-2)\cup(2,\infty)", f"x<-2 or {other}") for other in ("y>2", "x>3", "x<2")],
+    *[(r"(-\infty,-2)\cup(2,\infty)", f"x<-2 {other}") for other in ("and x>2", "", r"or x\ge 2")],
     *[(r"x\ge 3", "x>3"), ("y=5", "x=5"), ("x^2+y^2=25", "x^2-y^2=25"), ("5", "x<5")],
     # Bases and subscripts.
     *[("1101_2", "1101_3"), ("13", "13_4"), ("x_1", "x_2"), (r"\log_2 8", r"\log_3 8")],
