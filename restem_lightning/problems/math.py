@@ -1,6 +1,7 @@
 """Math data sets in their published layouts: GSM8K and MATH."""
 
 import logging
+import random
 import re
 from typing import Any
 
@@ -65,6 +66,7 @@ class MATH:
         offset: int = 0,
         subject: str | None = None,
         level: int | None = None,
+        shuffle_seed: int | None = None,
     ) -> None:
         r"""Reads MATH in its original format; the answer is the last \boxed{...} of the solution.
 
@@ -79,12 +81,15 @@ class MATH:
             offset: how many to pass over first, after the filters.
             subject: keep only this subject, e.g. Algebra; null keeps all.
             level: keep only this difficulty, 1 to 5; null keeps all.
+            shuffle_seed: of a shuffle before offset and num, so that a slice is not of one subject:
+                files of MATH are sorted by it. Slices that shall be disjoint need the same seed.
+                null keeps the order of the file.
         """
         self._path, self._split, self._num, self._offset = path, split, num, offset
-        self._subject, self._level = subject, level
+        self._subject, self._level, self._shuffle_seed = subject, level, shuffle_seed
 
     def load(self) -> list[Problem]:
-        """Returns the problems in file order, with ids such as math/train/17 (row 17, from 0).
+        """Returns the problems, with ids such as math/train/17 (row 17 of the file, from 0).
 
         Rows whose box is missing or empty have no answer: dropped, and counted in a warning.
         """
@@ -97,6 +102,8 @@ class MATH:
             logger.warning(f"{self._path}: dropped {len(dropped)} without an answer: {names}")
         problems = self._filter(problems, "subject", self._subject)
         problems = self._filter(problems, "level", self._level)
+        if self._shuffle_seed is not None:
+            random.Random(self._shuffle_seed).shuffle(problems)
         return take_slice(problems, self._offset, self._num, self._path)
 
     def _problem(self, index: int, row: dict[str, Any]) -> Problem:
