@@ -138,7 +138,9 @@ class MathVerifier:
 
     def _is_restated(self, problem: Problem, answer: str | None) -> bool:
         """Returns whether an answer only repeats the question; it is then WRONG."""
-        if answer is None or len(answer) > MAX_QUICK or _PLAIN_NUMBER.fullmatch(answer):
+        if answer is None or answer == problem.reference_answer or len(answer) > MAX_QUICK:
+            return False
+        if _PLAIN_NUMBER.fullmatch(answer):
             return False
         return is_restated(problem.question, problem.reference_answer or "", answer)
 
