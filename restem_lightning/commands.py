@@ -122,7 +122,7 @@ def _replay(words: list[str]) -> None:
     policy = load_policy(policy_that_drew(folder, stored, made.policy), made.engine)
     sample = draw_again(stored, policy)
     found, here = compare(stored, sample), engine_record(made.engine)
-    print(policy.decode(list(sample.token_ids)))
+    print(policy.text_of(sample))
     print(
         f"\n{len(sample.token_ids)} tokens drawn, {len(stored.completion_ids)} stored, "
         f"{'all' if found.is_equal else f'only the first {found.num_equal}'} equal; largest "

@@ -117,7 +117,8 @@ class Completion:
         seed: the run's seed; (seed, iteration, purpose, problem_id, completion_index, position)
             addresses each draw.
         prompt_ids: token ids of the prompt that the policy saw.
-        completion_ids: token ids that the policy wrote, EOS included if it wrote one.
+        completion_ids: token ids that the policy wrote, EOS included if it wrote one; the last one
+            may go on with the first characters of the stop string.
         text: the completion as text, cut before the stop string if one ended it.
         logprobs: per completion token, log-probability under the policy at T=1, untruncated.
         sampling_logprobs: the same under the distribution that was drawn from.

@@ -14,6 +14,8 @@ from restem_lightning.errors import UserError
 Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 NUM_RESAMPLES = 2000
 
+_NO_VOTE = re.compile(r"\s|\\?\$")
+_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?", re.ASCII)
 _SPACE_BESIDE_PUNCTUATION = re.compile(r"(?<!\w) | (?!\w)")
 
 
@@ -70,9 +72,9 @@ def majority_at_k(extracted: Sequence[str | None], correct: Sequence[bool], k: i
 
     The n completions are cut in their order into n // k disjoint groups of k, a remainder is left
     out, and the mean over groups is taken; with k = n that is one vote over all of them. Answers
-    count as equal if their strings are. A completion without an answer does not vote, a tie goes
-    to the answer that occurs first, and a group without votes is wrong. The majority answer is
-    correct if any of its completions in the group is (the others may have timed out).
+    count as equal if `answer_key` makes them so. A completion without an answer does not vote, a
+    tie goes to the answer that occurs first, and a group without votes is wrong. The majority
+    answer is correct if any of its completions in the group is (the others may have timed out).
 
     Args:
         extracted: the answer of each completion, None if it has none; length n.
@@ -214,17 +216,30 @@ def normalize_text(text: str) -> str:
     return _SPACE_BESIDE_PUNCTUATION.sub("", " ".join(text.casefold().split()))
 
 
+def answer_key(answer: str) -> str:
+    """Returns an answer as it votes: $1,200.00 and 1200 are one answer, 1/2 and 0.5 are two.
+
+    White space, dollar signs, backslashes before them, a full stop at the end and, of a number,
+    separators of thousands and zeros behind the decimal point do not tell answers apart.
+    """
+    text = _NO_VOTE.sub("", answer).rstrip(".")
+    if _NUMBER.fullmatch(text):
+        text = text.replace(",", "")
+        text = text.rstrip("0").rstrip(".") if "." in text else text
+    return text
+
+
 def _majority_of_problem(problem: Sequence[tuple[bool, str | None]], k: int) -> float:
     return majority_at_k([answer for _, answer in problem], [right for right, _ in problem], k)
 
 
 def _majority_is_correct(extracted: Sequence[str | None], correct: Sequence[bool]) -> bool:
-    votes = Counter(answer for answer in extracted if answer is not None)
+    keys = [None if answer is None else answer_key(answer) for answer in extracted]
+    votes = Counter(key for key in keys if key is not None)
     if not votes:
         return False
     winner = votes.most_common(1)[0][0]  # of equal counts, the first to occur
-    pairs = zip(extracted, correct, strict=True)
-    return any(right for answer, right in pairs if answer == winner)
+    return any(right for key, right in zip(keys, correct, strict=True) if key == winner)
 
 
 def _check_k(k: int, num_samples: int) -> None:

@@ -5,6 +5,7 @@ import pytest
 
 from restem_lightning.errors import UserError
 from restem_lightning.metrics import (
+    answer_key,
     best_of_k,
     bootstrap,
     diversity,
@@ -62,6 +63,22 @@ def test_k_out_of_range_is_a_user_error(k):
 )
 def test_majority_of_all(extracted, correct, expected):
     assert majority_at_k(extracted, correct, len(extracted)) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "other", "are_same"),
+    [
+        ("1200", "$1,200.00", True), ("1200", r"\$1200.", True), ("(1, 2)", "(1,2)", True),
+        ("5", "5.0", True), ("-5", "-5.00", True), ("120", "12", False), ("0.5", "0.50", True),
+        ("0", "0.0", True), ("5", "-5", False), ("1,2", "12", False), ("A", "B", False),
+        ("10", "1.0", False), ("5", "50", False), ("1,2,3", "123", False),
+    ],
+)  # fmt: skip
+def test_answers_that_differ_in_form_alone_vote_together(answer, other, are_same):
+    assert (answer_key(answer) == answer_key(other)) is are_same
+    votes = [answer, "7", "7", other, other]
+    right = [True, False, False, are_same, are_same]
+    assert majority_at_k(votes[:4], right[:4], 4) == (1.0 if are_same else 0.0)
 
 
 def test_majority_of_fewer_is_the_mean_over_disjoint_groups():

@@ -283,6 +283,14 @@ def test_a_vote_ignores_truncated_completions_and_a_tie_goes_to_the_first_answer
     assert kept(table, rewards="majority") == [2]
 
 
+def test_answers_that_differ_in_form_alone_vote_together():
+    rows = [
+        replace(completion(index=i), verdict=Verdict(kind=VerdictKind.WRONG, extracted=answer))
+        for i, answer in enumerate(["7", "$5", "7", "5.00", "5"])
+    ]
+    assert kept(to_table(rows), rewards="majority") == [1, 3, 4]
+
+
 def test_weights_follow_the_reward_and_one_too_large_is_refused():
     table = to_table([completion(index=i, reward=reward) for i, reward in enumerate([0.5, 2.0])])
     for params, expected in (

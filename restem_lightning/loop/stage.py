@@ -40,8 +40,15 @@ class Policy:
     engine: str
 
     def decode(self, token_ids: list[int]) -> str:
-        """Returns the text of a completion."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        """Returns the text of tokens as it is, without what some tokenizers tidy up in it."""
+        return self.tokenizer.decode(
+            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def text_of(self, sample: Sample) -> str:
+        """Returns the text of a completion, up to the stop string that ended it."""
+        text = self.decode(list(sample.token_ids))
+        return text[: len(text) - sample.num_beyond]
 
 
 def load_policy(folder: str, engine: EngineParams) -> Policy:
@@ -219,7 +226,7 @@ class _UnderWay:
         stage = self.stage
         drawing = self.drawings[sample.request_id.removeprefix(stage.purpose)]
         problem_id = drawing.problem.problem_id
-        text = stage.policy.decode(list(sample.token_ids))
+        text = stage.policy.text_of(sample)
         drawing.unjudged[sample.index] = Completion(
             iteration=stage.iteration,
             problem_id=problem_id,

@@ -1,6 +1,7 @@
 """Math data sets in their published layouts: GSM8K and MATH."""
 
 import logging
+import random
 import re
 from typing import Any
 
@@ -8,6 +9,13 @@ from restem_lightning.errors import UserError
 from restem_lightning.problems.records import Problem, rows_of, take_slice, text_field
 
 logger = logging.getLogger(__name__)
+
+MAX_LINKED = 16
+# From the end of a box to the beginning of the next one.
+_LINK = re.compile(
+    r"\}(?:[\s$]|\\[)\]])*,?\s*(?:\\text\s*\{\s*)?(?P<word>and|or|(?<=,))(?:\s*\})?"
+    r"(?:[\s$]|\\[(\[])*(?:[A-Za-z](?:\([a-z]\))?\s*=\s*)?\Z"
+)
 
 
 class GSM8K:
@@ -58,8 +66,12 @@ class MATH:
         offset: int = 0,
         subject: str | None = None,
         level: int | None = None,
+        shuffle_seed: int | None = None,
     ) -> None:
         r"""Reads MATH in its original format; the answer is the last \boxed{...} of the solution.
+
+        So it is in published results, but where "and" joins it to other boxes all of them are the
+        answer: a policy that gives half of it must not be right.
 
         Args:
             path: a folder with train/test .jsonl or .jsonl.gz, one such file, or else the id of a
@@ -69,12 +81,15 @@ class MATH:
             offset: how many to pass over first, after the filters.
             subject: keep only this subject, e.g. Algebra; null keeps all.
             level: keep only this difficulty, 1 to 5; null keeps all.
+            shuffle_seed: of a shuffle before offset and num, so that a slice is not of one subject:
+                files of MATH are sorted by it. Slices that shall be disjoint need the same seed.
+                null keeps the order of the file.
         """
         self._path, self._split, self._num, self._offset = path, split, num, offset
-        self._subject, self._level = subject, level
+        self._subject, self._level, self._shuffle_seed = subject, level, shuffle_seed
 
     def load(self) -> list[Problem]:
-        """Returns the problems in file order, with ids such as math/train/17 (row 17, from 0).
+        """Returns the problems, with ids such as math/train/17 (row 17 of the file, from 0).
 
         Rows whose box is missing or empty have no answer: dropped, and counted in a warning.
         """
@@ -87,6 +102,8 @@ class MATH:
             logger.warning(f"{self._path}: dropped {len(dropped)} without an answer: {names}")
         problems = self._filter(problems, "subject", self._subject)
         problems = self._filter(problems, "level", self._level)
+        if self._shuffle_seed is not None:
+            random.Random(self._shuffle_seed).shuffle(problems)
         return take_slice(problems, self._offset, self._num, self._path)
 
     def _problem(self, index: int, row: dict[str, Any]) -> Problem:
@@ -97,7 +114,7 @@ class MATH:
         return Problem(
             problem_id=f"math/{self._split}/{index}",
             question=text_field(row, "problem", where),
-            reference_answer=(last_boxed(solution) or "").strip(),
+            reference_answer=_boxed_reference(solution),
             reference_solution=solution,
             split=self._split,
             source="math",
@@ -114,9 +131,43 @@ class MATH:
         return kept
 
 
+def _boxed_reference(solution: str) -> str:
+    boxes, word = linked_boxes(solution)
+    return boxes[-1].strip() if word == "or" else ", ".join(box.strip() for box in boxes)
+
+
+def linked_boxes(text: str) -> tuple[list[str], str]:
+    r"""Returns what the last \boxed holds, behind those that "and", "or" or a comma join to it.
+
+    The second value is "or" if it joins any two of them, else "and" (so for one alone). The list is
+    empty as `last_boxed` is None.
+    """
+    boxes: list[str] = []
+    word = "and"
+    while len(boxes) < MAX_LINKED and (box := last_boxed(text)) is not None:
+        boxes.insert(0, box)
+        text = text[: _start_of_box(text)]
+        link = _LINK.search(text[-80:])
+        if link is None:
+            break
+        text = text[: len(text) - len(link[0]) + 1]
+        before = text[_start_of_box(text) :] if "box" in text else ""
+        if not re.fullmatch(r"\\f?box(?:ed)?\s*\{.*\}", before, re.DOTALL) or (
+            not before.endswith(f"{{{last_boxed(text)}}}")
+        ):
+            break
+        if link["word"] == "or":
+            word = "or"
+    return boxes, word
+
+
+def _start_of_box(text: str) -> int:
+    return max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+
+
 def last_boxed(text: str) -> str | None:
     r"""Returns what the last \boxed or \fbox holds, None if there is none or it is not closed."""
-    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    start = _start_of_box(text)
     if start < 0:
         return None
     rest = text[start:].removeprefix("\\boxed").removeprefix("\\fbox").lstrip()

@@ -271,11 +271,11 @@ class Generation:
             sequence.token_ids.append(token)
             sequence.logprobs.append(logprob)
             sequence.sampling_logprobs.append(sampling_logprob)
-            length = len(sequence.token_ids)
+            length, num_beyond = len(sequence.token_ids), 0
             if token in self.eos_ids:
                 reason = "eos"
-            elif (kept := self.stop.cut(sequence.token_ids)) is not None:
-                reason, length = "stop", kept
+            elif (cut := self.stop.cut(sequence.token_ids)) is not None:
+                reason, (length, num_beyond) = "stop", cut
             elif length == self.params.max_new_tokens:
                 reason = "length"
             else:
@@ -283,10 +283,10 @@ class Generation:
             sequence.ended = True
             if sequence.lane >= 0:
                 self._leave_lane(sequence)
-            yield _sample(sequence, length, reason)
+            yield _sample(sequence, length, reason, num_beyond)
 
 
-def _sample(sequence: Sequence, length: int, reason: str) -> Sample:
+def _sample(sequence: Sequence, length: int, reason: str, num_beyond: int) -> Sample:
     return Sample(
         request_id=sequence.request_id,
         index=sequence.index,
@@ -294,4 +294,5 @@ def _sample(sequence: Sequence, length: int, reason: str) -> Sample:
         logprobs=tuple(sequence.logprobs[:length]),
         sampling_logprobs=tuple(sequence.sampling_logprobs[:length]),
         finish_reason=reason,
+        num_beyond=num_beyond,
     )

@@ -8,7 +8,7 @@ from restem_lightning.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How completions are drawn.
+    r"""How completions are drawn.
 
     Args:
         n: completions per problem, at least 1 (the paper: 32 for math, 64 for code).
@@ -17,7 +17,8 @@ class SamplingParams:
         top_p: only the likeliest tokens that make up this probability mass, in (0, 1]; 1 for all.
         min_p: only tokens at least this likely relative to the likeliest, in [0, 1).
         max_new_tokens: a completion of this many tokens is cut and counts as truncated.
-        stop: strings that end a completion; text and tokens are cut before them.
+        stop: strings that end a completion; the text is cut before them, and so are the tokens, but
+            for one such as `)\n` that the last character of the text shares with a stop string.
     """
 
     n: int = 32
@@ -86,10 +87,11 @@ class Sample:
     Args:
         request_id: of the request.
         index: the completion's index within the request.
-        token_ids: drawn tokens, EOS included if drawn, cut before a stop string.
+        token_ids: drawn tokens, EOS included if drawn, cut at a stop string.
         logprobs: per token, under the policy at T=1, nothing excluded.
         sampling_logprobs: per token, under the distribution drawn from.
         finish_reason: "eos", "stop" or "length".
+        num_beyond: characters at the end of the tokens' text that are of the stop string.
     """
 
     request_id: str
@@ -98,6 +100,7 @@ class Sample:
     logprobs: tuple[float, ...]
     sampling_logprobs: tuple[float, ...]
     finish_reason: str
+    num_beyond: int = 0
 
 
 def address_key(seed: int, iteration: int, request_id: str) -> tuple[int, int]:

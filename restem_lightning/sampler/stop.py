@@ -1,6 +1,19 @@
 """Stop strings: when a completion has written one, and which of its tokens come before it."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+
+class Cut(NamedTuple):
+    """Where a completion ends that has written a stop string.
+
+    Attributes:
+        num_tokens: leading tokens that are kept.
+        num_beyond: characters at their end that are of the stop string and no text.
+    """
+
+    num_tokens: int
+    num_beyond: int
 
 
 class StopStrings:
@@ -19,8 +32,11 @@ class StopStrings:
         self.endings = {text[-1] for text in self.stop} | {"\ufffd"}
         self.can_end: dict[int, bool] = {}
 
-    def cut(self, token_ids: Sequence[int]) -> int | None:
-        """Returns how many leading tokens come before a stop string, None if there is none.
+    def cut(self, token_ids: Sequence[int]) -> Cut | None:
+        r"""Returns which leading tokens come before a stop string, None if there is none.
+
+        A token such as `)\n` may hold the last character before it and the first one of it. It is
+        kept: the policy would learn to leave that character out. White space alone is not missed.
 
         Args:
             token_ids: the completion so far; only strings that its last token ends are looked for.
@@ -38,7 +54,10 @@ class StopStrings:
         found = [place for text in self.stop if (place := tail.find(text)) >= 0]
         if not found:
             return None
-        kept = len(token_ids)
-        while kept > tail_start and len(self.decode(list(token_ids[tail_start:kept]))) > min(found):
+        kept, place = len(token_ids), min(found)
+        while kept > tail_start and len(self.decode(list(token_ids[tail_start:kept]))) > place:
             kept -= 1
-        return kept
+        before = self.decode(list(token_ids[tail_start:kept]))
+        if before.rstrip() == tail[:place].rstrip():
+            return Cut(kept, 0)
+        return Cut(kept + 1, len(self.decode(list(token_ids[tail_start : kept + 1]))) - place)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from restem_lightning.completions import Completion, VerdictKind
 from restem_lightning.equations import equations
 from restem_lightning.errors import UserError
-from restem_lightning.metrics import normalize_text
+from restem_lightning.metrics import answer_key, normalize_text
 from restem_lightning.selection.params import Dedupe, SelectionParams, Threshold
 
 MAX_EXPONENT = 80.0  # e^89 is no float32
@@ -58,11 +58,14 @@ def paid_by_majority(problem: Sequence[Candidate], threshold: Threshold) -> list
     Truncated completions and those without an answer do not vote; a tie goes to the answer that
     occurs first.
     """
-    votes = Counter(one.extracted for one in problem if one.is_whole and one.extracted is not None)
+    keys = [None if one.extracted is None else answer_key(one.extracted) for one in problem]
+    votes = Counter(
+        key for key, one in zip(keys, problem, strict=True) if one.is_whole and key is not None
+    )
     winner = max(votes, key=votes.__getitem__, default=None)
     voted = []
-    for one in problem:
-        reward = float(one.extracted is not None and one.extracted == winner)
+    for key, one in zip(keys, problem, strict=True):
+        reward = float(key is not None and key == winner)
         kind = VerdictKind.CORRECT if reward else VerdictKind.WRONG
         voted.append(one._replace(reward=reward, is_paid=passes(kind, reward, threshold)))
     return voted

@@ -146,7 +146,10 @@ def bare(answer: str) -> str:
         if needed in answer:
             answer = pattern.sub(replacement, answer)
     while True:
-        inner = re.sub(r"^\\[(\[](.*)\\[)\]]$", r"\1", answer.strip().rstrip(".,;:"))
+        inner = answer.strip()
+        if not inner.endswith("..."):  # 3.14... goes on
+            inner = inner.rstrip(".,;:")
+        inner = re.sub(r"^\\[(\[](.*)\\[)\]]$", r"\1", inner)
         wrapped = _WRAPPED.fullmatch(inner)
         if wrapped and _is_balanced(wrapped[1]):
             inner = wrapped[1]
@@ -253,7 +256,7 @@ def split_items(text: str) -> tuple[str, list[str]]:
 
     The brackets are two characters such as "()" or "[)", "{}" for \{...\}, or "" for none.
     """
-    if exact_number(text) is not None:
+    if quantity(text)[0] is not None:
         return "", [text]
     plain = text.replace(r"\{", "{").replace(r"\}", "}") if text.startswith(r"\{") else text
     is_set = plain is not text

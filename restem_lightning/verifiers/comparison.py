@@ -4,6 +4,7 @@ Each step either decides or leaves the pair to the next; what no step can read i
 """
 
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 
 from restem_lightning.verifiers.answers import (
@@ -30,6 +31,7 @@ _NAMED_TUPLE = re.compile(r"\(([A-Za-z](?:,[A-Za-z])+)\)=(\(.*\))")
 _SIGN = re.compile(r"(\\(?:le|ge|ne|lt|gt)(?![A-Za-z])|[=<>])")
 _SIGNS = {r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\lt": "<", r"\gt": ">"}
 _FLIPPED = {">": "<", ">=": "<="}
+_OR = re.compile(r"\\text\{ ?or ?\}|(?<![A-Za-z])or(?![A-Za-z])")
 _INFINITY = r"\infty"
 _APPROXIMATELY = re.compile(r"\\approx(?![A-Za-z])")
 _UNORDERED = frozenset(("", "{}"))
@@ -159,11 +161,14 @@ def _compare_ranges(reference: str, answer: str) -> Decision:
     is_point = not is_chain[0] and not name and ends[0][1] == ends[1][1] == "open"
     if is_point and not any(_INFINITY in value for value, _ in ends):
         return False, "a point or an interval"
-    is_equal = all(
+    return _are_same_ends(ends, other_ends), "ranges"
+
+
+def _are_same_ends(ends: Sequence[tuple[str, str]], others: Sequence[tuple[str, str]]) -> bool:
+    return all(
         kind == other_kind and _compare(value, other)[0]
-        for (value, kind), (other, other_kind) in zip(ends, other_ends, strict=True)
+        for (value, kind), (other, other_kind) in zip(ends, others, strict=True)
     )
-    return is_equal, "ranges"
 
 
 def _range_of(text: str) -> tuple[str, tuple[str, str], tuple[str, str]] | None:
@@ -201,6 +206,18 @@ def _compare_lists(reference: str, answer: str) -> Decision:
     if brackets != other_brackets and not {brackets, other_brackets} <= _UNORDERED:
         return False, "different brackets"
     return _compare_items(items, others, is_ordered=brackets not in _UNORDERED)
+
+
+def _compare_alternatives(reference: str, answer: str) -> Decision:
+    """Takes `a or b` for b, where a and b are the same; else it is a list."""
+    sides = []
+    for text in (reference, answer):
+        parts = [bare(part) for part in _OR.split(text)]
+        is_one = 1 < len(parts) <= MAX_ITEMS and all(
+            _compare(parts[-1], part)[0] for part in parts[:-1]
+        )
+        sides.append(parts[-1] if is_one else text)
+    return None if sides == [reference, answer] else _compare(*sides)
 
 
 def _compare_items(items: list[str], others: list[str], *, is_ordered: bool) -> tuple[bool, str]:
@@ -270,11 +287,27 @@ def _links(text: str) -> list[tuple[str, Tree]]:
 
 
 def _compare_unions(reference: str, answer: str) -> Decision:
-    r"""Decides unions: the same pieces in any order."""
-    if r"\cup" not in _commands(reference) | _commands(answer):
+    r"""Decides unions: the same pieces in any order; `x<1 or x>2` is one, too, beside intervals."""
+    sides = [reference.split(r"\cup"), answer.split(r"\cup")]
+    if len(sides[0]) == len(sides[1]) == 1:
         return None
-    pieces = [[bare(p) for p in text.split(r"\cup")] for text in (reference, answer)]
-    return _compare_items(*pieces, is_ordered=False)
+    pieces = [
+        [bare(piece) for piece in (side if len(side) > 1 else _OR.split(side[0]))] for side in sides
+    ]
+    if all(len(side) > 1 for side in sides):
+        return _compare_items(*pieces, is_ordered=False)
+    ranges = [[_range_of(piece) for piece in side] for side in pieces]
+    names = {piece[0] for side in ranges for piece in side if piece} - {""}
+    is_union = None not in ranges[0] + ranges[1] and len(names) <= 1
+    if not is_union or len(ranges[0]) != len(ranges[1]) or len(ranges[0]) > MAX_ITEMS:
+        return False, "a union and none"
+    left = list(ranges[1])
+    for _, *ends in ranges[0]:
+        found = [other for other in left if _are_same_ends(ends, other[1:])]
+        if not found:
+            return False, "ranges"
+        left.remove(found[0])
+    return True, "ranges"
 
 
 def _compare_approximations(reference: str, answer: str) -> Decision:
@@ -320,12 +353,9 @@ def _compare_expressions(reference: str, answer: str) -> tuple[bool, str]:
         return False, f"unparsed: {error}"
 
 
-def _commands(text: str) -> frozenset[str]:
-    return frozenset(re.findall(r"\\[A-Za-z]+", text))
-
-
 _STEPS = (
     _compare_words,
+    _compare_alternatives,
     _compare_bases,
     _compare_numbers,
     _compare_matrices,
@@ -333,8 +363,8 @@ _STEPS = (
     _compare_named_tuples,
     _compare_ranges,
     _compare_memberships,
+    _compare_unions,
     _compare_lists,
     _compare_relations,
-    _compare_unions,
     _compare_units,
 )

@@ -9,9 +9,10 @@ from restem_lightning.completions import Verdict, VerdictKind
 from restem_lightning.equations import equations
 from restem_lightning.errors import UserError
 from restem_lightning.problems import Problem
-from restem_lightning.problems.math import last_boxed
+from restem_lightning.problems.math import linked_boxes
 from restem_lightning.verifiers.comparison import compare
 from restem_lightning.verifiers.equations import wrong_equation
+from restem_lightning.verifiers.restated import is_restated
 
 MAX_TEXT = 20_000
 MAX_QUICK = 200
@@ -48,6 +49,7 @@ _RENDERED = {
 _BEFORE_A_PART = re.compile(r"(?<!-)-\Z")
 _AFTER_A_PART = re.compile(r"\}(?:\^(?!\{?\\circ)|[-+/](?!-)|\\(?:cdot|times|div)(?![A-Za-z]))")
 _PLAIN_NUMBER = re.compile(r"-?(?:\d{1,40}|\d{1,3}(?:,\d{3}){1,9})(?:\.\d{1,20})?", re.ASCII)
+_JOINED = {"and": ", ", "or": r" \text{ or } "}
 ANSWER_FORMATS = tuple(_RENDERED)
 _MARKED = ("gsm8k", "boxed", "final_answer", "answer_tag")
 
@@ -56,7 +58,7 @@ class MathVerifier:
     """Judges a final answer against the problem's reference answer."""
 
     name = "math"
-    version = "4"
+    version = "5"
 
     def __init__(
         self,
@@ -66,6 +68,9 @@ class MathVerifier:
         needs_reference: bool = True,
     ) -> None:
         r"""Judges a final answer against the problem's reference answer.
+
+        An expression of the question is no answer to it: `Compute $\log_8 2$` is not solved by
+        \log_8 2, which equals the reference.
 
         Args:
             answer_format: where the answer stands; the last one counts. gsm8k: `#### x`; boxed:
@@ -94,8 +99,9 @@ class MathVerifier:
         self.compare(r"\sqrt{4}", "2")
 
     def cache_key(self, problem: Problem, completion_text: str) -> tuple[Any, ...]:
-        """Returns the reference and the extracted answer, and equations if they are checked."""
-        key = problem.reference_answer, self._extract(completion_text)
+        """Returns what the verdict depends on: reference, answer, and what else is checked."""
+        answer = self._extract(completion_text)
+        key = problem.reference_answer, answer, self._is_restated(problem, answer)
         if not self._check_equations:
             return key
         return (*key, equations(judged_text(completion_text, self._stop_marks)))
@@ -104,13 +110,13 @@ class MathVerifier:
         """Returns the verdict for no answer, plain numbers or the reference's text, else None."""
         if self._check_equations or type(self).verify is not MathVerifier.verify:
             return None
-        reference, answer = cache_key
+        reference, answer, is_restated = cache_key
         is_quick = answer is None or (
             len(answer) <= MAX_QUICK
             if answer == reference
             else _PLAIN_NUMBER.fullmatch(answer) and _PLAIN_NUMBER.fullmatch(reference or "")
         )
-        return self._verdict(reference, answer) if is_quick else None
+        return self._verdict(reference, answer, is_restated=is_restated) if is_quick else None
 
     def verify(self, problem: Problem, completion_text: str) -> Verdict:
         """Returns the verdict on the answer found in the completion.
@@ -122,18 +128,30 @@ class MathVerifier:
         reference = problem.reference_answer
         if answer is not None and self._needs_reference and not (reference or "").strip():
             raise UserError(f"problem {problem.problem_id!r} has no reference_answer")
-        verdict = self._verdict(reference, answer)
+        is_restated = self._is_restated(problem, answer)
+        verdict = self._verdict(reference, answer, is_restated=is_restated)
         if verdict.kind is VerdictKind.CORRECT and self._check_equations:
             wrong = wrong_equation(judged_text(completion_text, self._stop_marks))
             if wrong is not None:
                 return replace(verdict, reward=0.0, detail=f"the equation {wrong} does not hold")
         return verdict
 
-    def _verdict(self, reference: str | None, answer: str | None) -> Verdict:
+    def _is_restated(self, problem: Problem, answer: str | None) -> bool:
+        """Returns whether an answer only repeats the question; it is then WRONG."""
+        if answer is None or answer == problem.reference_answer or len(answer) > MAX_QUICK:
+            return False
+        if _PLAIN_NUMBER.fullmatch(answer):
+            return False
+        return is_restated(problem.question, problem.reference_answer or "", answer)
+
+    def _verdict(self, reference: str | None, answer: str | None, *, is_restated: bool) -> Verdict:
         if answer is None:
             return Verdict(kind=VerdictKind.NO_ANSWER, detail=f"no {self._answer_format} answer")
         if not (reference or "").strip():
             detail = "no reference to compare with"
+            return Verdict(kind=VerdictKind.WRONG, extracted=answer, detail=detail)
+        if is_restated:
+            detail = "an expression of the question"
             return Verdict(kind=VerdictKind.WRONG, extracted=answer, detail=detail)
         is_equal, detail = self.compare(reference, answer)
         kind = VerdictKind.CORRECT if is_equal else VerdictKind.WRONG
@@ -183,8 +201,9 @@ def extract_answer(
 ) -> str | None:
     r"""Returns the last answer in the declared format, None if there is none or it is empty.
 
-    Only `judged_text` counts. Two different answers are no error: the last one counts. A box that
-    holds a part of an expression, as in -\boxed{5}, is an empty answer. Takes linear time.
+    Only `judged_text` counts. Two different answers are no error: the last one counts, but boxes
+    that "and", "or" or a comma joins are one answer. A box that holds a part of an expression, as
+    in -\boxed{5}, is an empty answer. Takes linear time.
     """
     kept = judged_text(text, stop_marks)
     if answer_format == "auto":
@@ -206,10 +225,11 @@ def _last_answer(text: str, answer_format: str) -> tuple[int, str] | None:
         start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
         if start < 0:
             return None
-        answer = last_boxed(text) or ""
+        boxes, word = linked_boxes(text)
+        answer = boxes[-1] if boxes else ""
         after = text[text.find(answer, start + len(r"\boxed")) + len(answer) :]
         is_part = _BEFORE_A_PART.search(text[:start][-2:]) or _AFTER_A_PART.match(after)
-        return start, "" if is_part else answer
+        return start, "" if is_part else _JOINED[word].join(boxes)
     if answer_format == "answer_tag":
         end = text.rfind("</answer>")
         start = text.rfind("<answer>", 0, max(end, 0))

@@ -164,6 +164,21 @@ def test_math_answers_are_the_last_boxes_and_rows_without_one_are_dropped(math, 
     assert "dropped 2 without an answer: math/train/1, math/train/3" in caplog.text
 
 
+def test_slices_of_a_shuffled_math_are_disjoint_and_mixed(tmp_path):
+    rows = [
+        {"problem": f"p{n}", "solution": r"\boxed{1}", "type": str(n // 50)} for n in range(100)
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second = (
+        MATH(str(tmp_path), "train", num=50, offset=offset, shuffle_seed=0).load()
+        for offset in (0, 50)
+    )
+    assert {p.problem_id for p in first + second} == {f"math/train/{n}" for n in range(100)}
+    assert first[0].question == "p" + first[0].problem_id.removeprefix("math/train/")
+    for part in (first, second):
+        assert 15 < sum(p.metadata["subject"] == "0" for p in part) < 35
+
+
 def test_math_filters_by_subject_and_level(math):
     assert [p.question for p in MATH(str(math), "train", level=5).load()] == ["p2", "p4"]
     assert [p.question for p in MATH(str(math), "train", subject="Algebra").load()] == ["p2"]
@@ -187,6 +202,22 @@ def test_math_filters_by_subject_and_level(math):
 )
 def test_last_boxed(text, expected):
     assert last_boxed(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        (r"They meet at $\boxed{(-2,18)}$ and $\boxed{(8,38)}$.", "(-2,18), (8,38)"),
+        (r"so $k=\boxed{12}$ and $k = \boxed{18}$.", "12, 18"),
+        (r"$\boxed{28}$ or $\boxed{28_9}$", "28_9"),  # the benchmark's own answer
+        (r"Thus $\boxed{3}$. Alternatively, again $\boxed{3}$.", "3"),
+    ],
+)
+def test_boxes_that_and_joins_are_one_reference_answer(tmp_path, solution, answer):
+    row = {"problem": "p", "solution": solution}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    (problem,) = MATH(str(tmp_path), "train").load()
+    assert problem.reference_answer == answer
 
 
 def test_generated_problems_are_the_same_at_every_call():

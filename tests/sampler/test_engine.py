@@ -72,9 +72,11 @@ def test_completions_are_cut_before_a_stop_string_that_crosses_tokens(
         text = decode(free[address].token_ids)
         place = text.find(stop[0])
         assert sample.finish_reason == ("length" if place < 0 else "stop")
-        num_kept = 30 if place < 0 else place // 3
+        # The stop string begins with the last character of a token, whose others are text.
+        num_kept = 30 if place < 0 else place // 3 + 1
         assert sample.token_ids == free[address].token_ids[:num_kept]
         assert sample.logprobs == free[address].logprobs[:num_kept]
+        assert sample.num_beyond == (1 if place >= 0 else 0)
 
 
 def test_stop_strings_without_a_decoder_are_refused(

@@ -26,6 +26,8 @@ CORRECT = [
     ("boxed", r"first \boxed{5}, but then \boxed{6}", "6"),
     ("boxed", r"$$\boxed{ \{1,2\} }$$", r"\{2,1\}"),
     ("boxed", r"\boxed{x=\boxed{5}}", "5"),
+    ("boxed", r"$x=\boxed{5}$ or $x=\boxed{6}$", "5,6"),
+    ("boxed", r"It is $\boxed{x+11}$, or $\boxed{11+x}$.", "11+x"),
     ("boxed", r"\boxed 5", "5"),
     ("boxed", r"\fbox{5}", "5"),
     ("boxed", r"\boxed{\text{(D)}}", "D"),
@@ -73,6 +75,9 @@ NOT_CORRECT = [
     ("gsm8k", "#### (5", "5"),
     ("gsm8k", "#### 5 #### 6", "5"),
     ("boxed", r"\boxed{5}\boxed{6}", "5"),
+    ("boxed", r"$x=\boxed{5}$ or $x=\boxed{6}$", "6"),
+    ("boxed", r"\boxed{5} and \boxed{6}", "6"),
+    ("boxed", r"\boxed{5}, \boxed{6}", "6"),
     ("boxed", r"It is not \boxed{5} but \boxed{6}.", "5"),
     ("boxed", r"\boxed{4}" + "\nProblem: 2+3?\n\\boxed{5}", "5"),
     ("boxed", r"\boxed{}", "5"),
@@ -130,3 +135,54 @@ def test_completions_with_the_right_last_answer_are_correct(answer_format, compl
 @pytest.mark.parametrize(("answer_format", "completion", "reference"), NOT_CORRECT)
 def test_completions_with_another_last_answer_are_not_correct(answer_format, completion, reference):
     assert kind_of(answer_format, completion, reference) is not VerdictKind.CORRECT
+
+
+# question, reference, answer
+RESTATED = [
+    (r"Compute $\log_8 2$.", r"\frac{1}{3}", r"\log_8 2"),
+    (r"Compute $\log_8 2$.", r"\frac{1}{3}", r"x = \log_{8}{2}"),
+    (r"Expand $(x+10)(2y+10)$.", "2xy+10x+20y+100", r"\left(x + 10\right)\left(2y + 10\right)"),
+    (r"Evaluate \[55\times1212-15\times1212.\]", "48480", r"55\cdot 1212 - 15\cdot 1212"),
+    (r"Simplify $\dfrac{88}{7744}.$", r"\frac{1}{88}", r"\frac{88}{7744}"),
+    (r"Write $0.\overline{54}$ as a fraction.", r"\frac{6}{11}", r"0.\overline{54}"),
+    (r"What is $115^2$?", "13225", "115^2"),
+    ("Put $3, 1, 2$ in order.", "1,2,3", "3,1,2"),
+    ("Solve $2x-y=3$ for $y$.", "y=2x-3", "2x-y=3"),
+]
+NOT_RESTATED = [
+    (r"Compute $\log_8 2$.", r"\frac{1}{3}", "1/3"),
+    ("Find $x$ if $2x=10$.", "5", "x=5"),
+    ("If $x=5$, what is $x^2-20$?", "5", "5.0"),
+    (r"A coin falls on heads with probability $1/2$. What of tails?", r"\frac{1}{2}", "1/2"),
+    (r"A $50\%$ discount, then another: how much is left?", "25", r"25\%"),
+    (r"Which is larger, $\sqrt{8}$ or $2$?", r"\sqrt{8}", r"2\sqrt{2}"),
+    (r"Which is larger, $\sqrt{8}$ or $2$?", r"\sqrt{8}", r"\sqrt{8}"),
+    ("Factor $x^2-1$.", "(x-1)(x+1)", "(x+1)(x-1)"),
+]
+
+
+def verdict_of(question, reference, answer):
+    problem = Problem(problem_id="p", question=question, reference_answer=reference)
+    return MathVerifier("boxed").verify(problem, rf"So it is \boxed{{{answer}}}.").kind
+
+
+@pytest.mark.parametrize(("question", "reference", "answer"), RESTATED)
+def test_an_answer_that_repeats_the_question_is_wrong(question, reference, answer):
+    assert verdict_of("q", reference, answer) is VerdictKind.CORRECT
+    assert verdict_of(question, reference, answer) is VerdictKind.WRONG
+
+
+@pytest.mark.parametrize(("question", "reference", "answer"), NOT_RESTATED)
+def test_a_final_answer_may_stand_in_the_question(question, reference, answer):
+    assert verdict_of(question, reference, answer) is VerdictKind.CORRECT
+
+
+def test_the_cache_tells_an_answer_from_the_repetition_of_another_question():
+    verifier = MathVerifier("boxed")
+    keys = [
+        verifier.cache_key(
+            Problem(problem_id="p", question=question, reference_answer="9"), r"\boxed{3^2}"
+        )
+        for question in ("Compute $3^2$.", "Compute $10-1$.")
+    ]
+    assert keys[0] != keys[1]
