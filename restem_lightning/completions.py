@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -175,14 +177,19 @@ class Part:
         path: the parquet file; its index entry is beside it, ending in .json.
         num_rows: completions in it.
         sha256: hex digest of the file's bytes.
-        problem_ids: the problems in it, each with all of its completions that were drawn.
+        num_problems: problems in it, each with all of its completions that were drawn.
     """
 
     index: int
     path: Path
     num_rows: int
     sha256: str
-    problem_ids: tuple[str, ...]
+    num_problems: int
+
+    @property
+    def problem_ids(self) -> list[str]:
+        """The problems in it, read anew from the index entry: a pool may hold many."""
+        return read_json(self.path.with_suffix(".json"))["problem_ids"]
 
 
 class CompletionStore:
@@ -250,16 +257,13 @@ class CompletionStore:
         Raises:
             UserError: a problem is in two parts, so its completions would count twice.
         """
-        entries = self.folder.glob("part-*.json")
-        parts = [_part(entry.with_suffix(".parquet"), read_json(entry)) for entry in entries]
-        counts = Counter(problem_id for part in parts for problem_id in part.problem_ids)
-        for problem_id, count in counts.items():
-            if count > 1:
-                names = [part.path.name for part in parts if problem_id in part.problem_ids]
-                raise UserError(
-                    f"problem {problem_id!r} must be in one part of {self.folder} and is in "
-                    f"{', '.join(sorted(names))}; delete all but one of them with their .json"
-                )
+        parts, hashes = [], array("q")  # 8 bytes of a problem in place of its id
+        for entry in self.folder.glob("part-*.json"):
+            record = read_json(entry)
+            parts.append(_part(entry.with_suffix(".parquet"), record))
+            hashes.extend(map(hash, record["problem_ids"]))
+        if len(np.unique(hashes)) < len(hashes):
+            _check_problems(parts)
         return sorted(parts, key=lambda part: part.index)
 
     def finished_problem_ids(self) -> set[str]:
@@ -337,8 +341,20 @@ def _part(path: Path, record: dict[str, Any]) -> Part:
         path=path,
         num_rows=record["num_rows"],
         sha256=record["sha256"],
-        problem_ids=tuple(record["problem_ids"]),
+        num_problems=len(record["problem_ids"]),
     )
+
+
+def _check_problems(parts: list[Part]) -> None:
+    """Refuses parts that share a problem."""
+    counts = Counter(problem_id for part in parts for problem_id in part.problem_ids)
+    for problem_id, count in counts.items():
+        if count > 1:
+            names = [part.path.name for part in parts if problem_id in part.problem_ids]
+            raise UserError(
+                f"problem {problem_id!r} must be in one part of {parts[0].path.parent} and is in "
+                f"{', '.join(sorted(names))}; delete all but one of them with their .json"
+            )
 
 
 def _batches(part: Part, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:

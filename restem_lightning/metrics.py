@@ -179,16 +179,19 @@ def evaluate_table(
     metrics: dict[str, Estimate] = {}
     if greedy:
         metrics["greedy_pass@1"] = wilson(sum(map(bool, greedy)), len(greedy))
-    counts = [(len(problem), sum(bool(right) for right, _ in problem)) for problem in samples]
-    if counts:
+    counts = np.fromiter(
+        ((len(problem), sum(bool(right) for right, _ in problem)) for problem in samples),
+        np.dtype((np.int32, 2)),
+    )
+    if len(counts):
         # Few of the pairs differ, and a pass@k holds k numbers of each at a time.
-        pairs, place = np.unique(np.array(counts), axis=0, return_inverse=True)
+        pairs, place = np.unique(counts, axis=0, return_inverse=True)
         for k in sorted({1, *ks}):
             values = pass_at_k(pairs[:, 0], pairs[:, 1], k)[place.reshape(-1)]
             metrics[f"pass@{k}"] = bootstrap(values, seed=seed)
         n = int(pairs[:, 0].min())
         if n > 1:
-            votes = [_majority_of_problem(problem, n) for problem in samples]
+            votes = np.fromiter((_majority_of_problem(one, n) for one in samples), np.float64)
             metrics[f"maj@{n}"] = bootstrap(votes, seed=seed)
     return {name: estimate.to_dict() for name, estimate in metrics.items()}
 

@@ -398,7 +398,7 @@ def test_no_more_is_held_of_a_large_pool_than_of_a_small_one(monkeypatch, num_pr
     rows = to_table(pool(num_problems)).select(["problem_id", "text", "completion_ids"])
     batches = rows.to_batches(max_chunksize=50)
     names = sorted(f"p{number}" for number in range(num_problems))
-    shared = Buckets(names, rows.num_rows)
+    shared = Buckets(pa.array(names), rows.num_rows)
     before = pa.total_allocated_bytes()
     for batch in batches:
         shared.add(batch, out_of=batch.num_rows)

@@ -100,10 +100,14 @@ def choose_balance(
 
 def _selected(store: CompletionStore, threshold: float | str) -> list[tuple[int, int]]:
     """Returns, for each problem, how many pass, and how many distinct correct ones among them."""
-    texts: dict[str, list[tuple[bool, str]]] = defaultdict(list)
-    columns = ["problem_id", "verdict", "reward", "finish_reason", "text"]
-    for row in store.read(columns).to_pylist():
-        kind, some = VerdictKind(row["verdict"]), texts[row["problem_id"]]
-        if row["finish_reason"] != "length" and passes(kind, row["reward"], threshold):
-            some.append((kind is VerdictKind.CORRECT, row["text"]))
-    return [(len(some), len({text for right, text in some if right})) for some in texts.values()]
+    selected = []
+    for part in store.iter_parts(["problem_id", "verdict", "reward", "finish_reason", "text"]):
+        texts: dict[str, list[tuple[bool, str]]] = defaultdict(list)
+        for row in part.to_pylist():
+            kind, some = VerdictKind(row["verdict"]), texts[row["problem_id"]]
+            if row["finish_reason"] != "length" and passes(kind, row["reward"], threshold):
+                some.append((kind is VerdictKind.CORRECT, row["text"]))
+        selected += [
+            (len(some), len({text for right, text in some if right})) for some in texts.values()
+        ]
+    return selected

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoTokenizer
 
-from restem_lightning.completions import CompletionStore, VerdictKind, from_table
+from restem_lightning.completions import SCHEMA, CompletionStore, VerdictKind, from_table
 from restem_lightning.errors import UserError
 from restem_lightning.loop.mixing import human_solutions
 from restem_lightning.loop.ranks import barrier, is_rank_zero
@@ -135,11 +135,12 @@ def score_evaluation(
     """Returns, for each problem, (correct, score) of its sampled completions, in their order."""
     by_id = {problem.problem_id: problem for problem in problems}
     scored: dict[str, list[tuple[int, bool, float]]] = defaultdict(list)
-    completions = from_table(CompletionStore(folder / "sampled").read())
-    scores = scorer.score([(by_id[one.problem_id], one) for one in completions])
-    for one, score in zip(completions, scores, strict=True):
-        is_correct = one.verdict.kind is VerdictKind.CORRECT
-        scored[one.problem_id].append((one.completion_index, is_correct, score))
+    for part in CompletionStore(folder / "sampled").iter_parts(SCHEMA.names):
+        completions = from_table(part)
+        scores = scorer.score([(by_id[one.problem_id], one) for one in completions])
+        for one, score in zip(completions, scores, strict=True):
+            is_correct = one.verdict.kind is VerdictKind.CORRECT
+            scored[one.problem_id].append((one.completion_index, is_correct, score))
     return {
         problem_id: [(correct, score) for _, correct, score in sorted(rows)]
         for problem_id, rows in scored.items()

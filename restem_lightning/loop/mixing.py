@@ -1,5 +1,6 @@
 """What the M-step trains on beside this iteration's accepted completions."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -13,6 +14,7 @@ from restem_lightning.prompts import PromptTemplate, encode_prompt
 from restem_lightning.selection import ACCEPTED_SCHEMA, ROW_GROUP
 
 Human = Literal["none", "all", "solved"]
+_ADDRESS = ("problem_id", "iteration", "completion_index")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,20 +72,17 @@ def mix(
         earlier: the accepted datasets of earlier iterations, oldest first, in pieces.
     """
     wants_earlier = params.model and params.earlier
-    seen: set[str] = set()
-    solved: set[str] = set()
+    seen, solved = _Addresses(), set()
     for table in accepted:
         solved.update(pc.unique(table["problem_id"]).to_pylist())
         if wants_earlier:
-            seen.update(_addresses(table))
+            seen.add(table)
         if params.model:
             yield table
     for table in earlier if wants_earlier else ():
         # A human solution is of iteration 0; it is added anew below.
-        addresses = _addresses(table)
-        is_new = [one not in seen and not one.startswith("0/") for one in addresses]
-        seen.update(addresses)
-        yield table.filter(pa.array(is_new, pa.bool_()))
+        table = table.filter(pc.not_equal(table["iteration"], 0))
+        yield table.filter(seen.add(table))
     if params.human != "none":
         wanted = [one for one in problems if params.human == "all" or one.problem_id in solved]
         for first in range(0, len(wanted), ROW_GROUP):
@@ -119,7 +118,20 @@ def human_solutions(
     return pa.Table.from_pylist(rows, schema=ACCEPTED_SCHEMA)
 
 
-def _addresses(table: pa.Table) -> list[str]:
-    """Returns iteration/completion_index/problem_id of each row."""
-    columns = (table[name].to_pylist() for name in ("iteration", "completion_index", "problem_id"))
-    return ["/".join(map(str, address)) for address in zip(*columns, strict=True)]
+class _Addresses:
+    """A set of completions; in memory is, of each problem, one bit for each that it might have."""
+
+    def __init__(self) -> None:
+        """Begins empty."""
+        self._bits: dict[tuple[int, int], int] = {}  # of an iteration and a completion_index
+        self._seen: dict[str, int] = defaultdict(int)
+
+    def add(self, table: pa.Table) -> pa.Array:
+        """Adds the rows of a table and returns of each whether it was not there before."""
+        columns = (table[name].to_pylist() for name in _ADDRESS)
+        is_new = []
+        for problem_id, *one in zip(*columns, strict=True):
+            bit = self._bits.setdefault(tuple(one), 1 << len(self._bits))
+            is_new.append(not self._seen[problem_id] & bit)
+            self._seen[problem_id] |= bit
+        return pa.array(is_new, pa.bool_())

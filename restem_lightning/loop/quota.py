@@ -73,7 +73,7 @@ def count_skipped(stores: Iterable[CompletionStore], n: int) -> int:
         n: completions per problem of a pool without a quota.
     """
     parts = (part for store in stores for part in store.parts())
-    return sum(len(part.problem_ids) * n - part.num_rows for part in parts)
+    return sum(part.num_problems * n - part.num_rows for part in parts)
 
 
 def _key(completion: Completion, quota: SelectionParams) -> Hashable:

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from restem_lightning.errors import UserError
 from restem_lightning.m_step.packing import StepBatch, pack_step
-from restem_lightning.m_step.sequences import StoredSequences, write_sequences
+from restem_lightning.m_step.sequences import StoredSequences, sequence_lengths, write_sequences
 from restem_lightning.m_step.step_loader import StepLoader
 
 
@@ -71,12 +71,12 @@ class AcceptedDataModule(LightningDataModule):
             write_sequences(self.accepted)
         if self.trainer is not None:
             self.trainer.strategy.barrier()
-        sequences = StoredSequences(self.accepted)
-        lengths = sequences.lengths()
+        lengths = sequence_lengths(self.accepted)
         longest = int(lengths.max())
         most = self.max_sequence_tokens or longest
-        kept = sequences if longest <= most else sequences.where(lengths <= most)
-        dropped = len(sequences) - len(kept)
+        rows = range(len(lengths)) if longest <= most else np.flatnonzero(lengths <= most)
+        kept = StoredSequences(self.accepted, rows)
+        dropped = len(lengths) - len(kept)
         if not kept:
             raise UserError(
                 f"max_sequence_tokens ({most}) is less than every sequence of {self.accepted};"
@@ -84,7 +84,7 @@ class AcceptedDataModule(LightningDataModule):
             )
         if dropped:
             rank_zero_warn(
-                f"max_sequence_tokens ({most}) drops {dropped} of {len(sequences)} sequences;"
+                f"max_sequence_tokens ({most}) drops {dropped} of {len(lengths)} sequences;"
                 f" the longest has {longest} tokens"
             )
         strategy = self.trainer.strategy if self.trainer is not None else None

@@ -103,8 +103,10 @@ class StepBatch(NamedTuple):
 
 
 def epoch_order(num_sequences: int, seed: int, epoch: int) -> np.ndarray:
-    """Returns the order of the sequences in one epoch, a function of its arguments alone."""
-    return np.random.default_rng([seed, epoch]).permutation(num_sequences)
+    """Returns the order of the sequences in one epoch, a function of its arguments alone; int32."""
+    order = np.arange(num_sequences, dtype=np.int32)  # 4 bytes each, and there may be many
+    np.random.default_rng([seed, epoch]).shuffle(order)
+    return order
 
 
 def prompt_order(sequences: Sequence[TrainingSequence]) -> list[int]:

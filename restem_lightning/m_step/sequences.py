@@ -1,4 +1,4 @@
-"""Sequences to train on, in a file: in memory are their places, and the tokens of those in use."""
+"""Sequences to train on, in files: in memory are those in use."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -28,26 +28,27 @@ _INDEX = np.dtype(
 
 
 class StoredSequences(Sequence[TrainingSequence]):
-    """The sequences of an accepted dataset in file order; in memory are 28 bytes of each."""
+    """The sequences of an accepted dataset in file order, none of which is in memory."""
 
-    def __init__(self, accepted: str | Path, index: np.ndarray | None = None) -> None:
+    def __init__(self, accepted: str | Path, rows: range | np.ndarray) -> None:
         """Takes what `write_sequences` has left.
 
         Args:
             accepted: parquet file of the accepted dataset.
-            index: rows of the index, None for all.
+            rows: of that file, which sequences.
         """
-        self._accepted = accepted
-        self._ids_path, index_path = _paths(accepted)
-        self._index = np.fromfile(index_path, dtype=_INDEX) if index is None else index
+        self._ids_path, self._index_path = _paths(accepted)
+        self._rows = rows
 
     def __len__(self) -> int:
         """Number of sequences."""
-        return len(self._index)
+        return len(self._rows)
 
     def __getitem__(self, place: int) -> TrainingSequence:
-        """Reads a sequence; between reads the file is closed, so it can be replaced."""
-        prompt, completion, prompt_length, completion_length, weight = self._index[place].item()
+        """Reads a sequence; between reads the files are closed, so they can be replaced."""
+        offset = int(self._rows[place]) * _INDEX.itemsize
+        (entry,) = np.fromfile(self._index_path, _INDEX, 1, offset=offset)
+        prompt, completion, prompt_length, completion_length, weight = entry.item()
         with open(self._ids_path, "rb") as file:
             file.seek(prompt * _ID_BYTES)
             prompt_ids = np.fromfile(file, np.int32, prompt_length)
@@ -55,13 +56,13 @@ class StoredSequences(Sequence[TrainingSequence]):
             completion_ids = np.fromfile(file, np.int32, completion_length)
         return TrainingSequence(np.concatenate([prompt_ids, completion_ids]), prompt_length, weight)
 
-    def lengths(self) -> np.ndarray:
-        """Returns the tokens of each sequence, prompt and completion."""
-        return self._index["prompt_length"] + self._index["completion_length"]
 
-    def where(self, is_kept: np.ndarray) -> "StoredSequences":
-        """Returns the sequences for which a bool array is true."""
-        return StoredSequences(self._accepted, self._index[is_kept])
+def sequence_lengths(accepted: str | Path) -> np.ndarray:
+    """Returns the tokens of every sequence that `write_sequences` has left, int32."""
+    path, size = _paths(accepted)[1], _BATCH_ROWS * _INDEX.itemsize
+    starts = range(0, path.stat().st_size, size)
+    pieces = (np.fromfile(path, _INDEX, _BATCH_ROWS, offset=start) for start in starts)
+    return np.concatenate([one["prompt_length"] + one["completion_length"] for one in pieces])
 
 
 def write_sequences(accepted: str | Path) -> None:

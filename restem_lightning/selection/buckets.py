@@ -23,7 +23,7 @@ class Buckets:
     """
 
     def __init__(
-        self, problem_ids: Sequence[str], num_rows: int, *, folder: Path | None = None
+        self, problem_ids: pa.StringArray, num_rows: int, *, folder: Path | None = None
     ) -> None:
         """Holds nothing yet.
 
@@ -32,7 +32,8 @@ class Buckets:
             num_rows: of the pool, with those that are never added.
             folder: where the file lies, if one is needed; None for the system's.
         """
-        self._problem_ids, self._num_rows, self._folder = problem_ids, num_rows, folder
+        self._problem_ids: pa.StringArray | None = problem_ids  # None once the ranges are known
+        self._num_rows, self._folder = num_rows, folder
         self._waiting: list[pa.RecordBatch] = []
         self._waiting_bytes = self._num_read = 0
         self._firsts: Sequence[str] = ()  # the first problem of each range but the first one
@@ -71,7 +72,7 @@ class Buckets:
             # If the rest of the pool is like its beginning, each range holds about BUCKET_BYTES.
             num_bytes = self._waiting_bytes * self._num_rows / self._num_read
             size = math.ceil(len(self._problem_ids) / math.ceil(num_bytes / BUCKET_BYTES))
-            self._firsts, self._problem_ids = self._problem_ids[size::size], ()
+            self._firsts, self._problem_ids = self._problem_ids[size::size].to_pylist(), None
             self._places = [[] for _ in range(len(self._firsts) + 1)]
             self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (closed with self)
         table = pa.Table.from_batches(self._waiting)

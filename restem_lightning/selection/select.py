@@ -181,13 +181,13 @@ def _scan(source: Source, columns: list[str]) -> Iterator[pa.RecordBatch]:
 def _empty_buckets(source: Source) -> tuple[Buckets, int]:
     """Returns buckets for the rows of a source, and its number of problems."""
     if isinstance(source, pa.Table):
-        problem_ids = sorted(pc.unique(source["problem_id"]).to_pylist())
-        return Buckets(problem_ids, source.num_rows), len(problem_ids)
-    stores = _stores(source)
-    parts = [part for store in stores for part in store.parts()]
-    problem_ids = sorted({problem_id for part in parts for problem_id in part.problem_ids})
-    num_rows = sum(part.num_rows for part in parts)
-    folder = parts[0].path.parent if parts else None
+        ids, num_rows, folder = source["problem_id"], source.num_rows, None
+    else:
+        parts = [part for store in _stores(source) for part in store.parts()]
+        ids = pa.chunked_array((part.problem_ids for part in parts), pa.string())
+        num_rows = sum(part.num_rows for part in parts)
+        folder = parts[0].path.parent if parts else None
+    problem_ids = pc.unique(ids).sort()
     return Buckets(problem_ids, num_rows, folder=folder), len(problem_ids)
 
 

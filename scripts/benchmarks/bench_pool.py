@@ -3,9 +3,9 @@
     python scripts/benchmarks/bench_pool.py                             # 7,500 x 32 and 10 times
     python scripts/benchmarks/bench_pool.py --problems 750000 --copied  # 100 times
 
-Synthetic completions go through the parts of a pool, its checksums, the selection, the index of the
-M-step's packing and the metrics. Each stage runs in a process of its own, so that its peak memory
-is its own; the figures are per million completions.
+Synthetic completions go through the parts of a pool, its checksums, the selection, the mixing with
+an earlier iteration, the index of the M-step's packing and the metrics. Each stage runs in a
+process of its own, so that its peak memory is its own; the figures are per million completions.
 """
 
 import argparse
@@ -129,6 +129,23 @@ def select(folder: Path, *_: int) -> None:
     write_accepted(folder / "accepted.parquet", (end_with_eos(one, (1,)) for one in accepted))
 
 
+def mix_earlier(folder: Path, *_: int) -> None:
+    """Mixes the accepted dataset with an earlier one, of which nothing is new: it is the same."""
+    from restem_lightning.loop.mixing import MixParams, mix
+    from restem_lightning.selection import iter_accepted, write_accepted
+
+    path, params = folder / "accepted.parquet", MixParams(earlier=True)
+    mixed = mix(
+        iter_accepted(path),
+        params,
+        problems=[],
+        template=None,
+        tokenizer=None,
+        earlier=iter_accepted(path),
+    )
+    write_accepted(folder / "mixed.parquet", mixed)
+
+
 def pack(folder: Path, *_: int) -> None:
     """Indexes the accepted dataset for training and packs the first 100 optimizer steps."""
     from restem_lightning.m_step import AcceptedDataModule
@@ -151,6 +168,7 @@ STAGES = {
     "copy parts": copy_parts,
     "checksums": check,
     "selection": select,
+    "mixing": mix_earlier,
     "packing": pack,
     "metrics": measure_metrics,
 }
@@ -158,7 +176,7 @@ STAGES = {
 
 def run_stage(stage: str, folder: str, num_problems: int, tokens: int) -> None:
     """Runs one stage in this process and prints its seconds and peak memory."""
-    import restem_lightning.m_step  # noqa: F401  (what all stages import is not counted)
+    import restem_lightning.loop.evaluate  # noqa: F401  (what stages import is not counted)
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = clock()

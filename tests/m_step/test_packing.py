@@ -51,6 +51,12 @@ def test_epochs_have_their_own_order_and_a_seed_repeats_it():
     assert not np.array_equal(first, epoch_order(50, 4, 0))
 
 
+def test_the_order_of_an_epoch_is_numpys_permutation_in_half_its_memory():
+    order = epoch_order(3000, 3, 1)
+    assert np.array_equal(order, np.random.default_rng([3, 1]).permutation(3000))
+    assert order.dtype == np.int32
+
+
 def test_targets_are_the_completion_tokens_after_the_position_before_them():
     batch = pack_step(sequences([5, 3], prompt_length=2), tokens_per_micro_batch=9)
     (micro_batch,) = batch.micro_batches
