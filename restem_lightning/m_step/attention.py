@@ -195,9 +195,11 @@ def _torch_varlen() -> Kernel | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    # torch 2.10 had neither windows nor grouped heads.
-    if not {"window_size", "enable_gqa", "scale"} <= set(inspect.signature(varlen_attn).parameters):
+    parameters = inspect.signature(varlen_attn).parameters
+    if not {"window_size", "scale"} <= set(parameters):  # torch 2.10
         return None
+    # torch 2.11 takes grouped heads as they come, later versions want to be told.
+    grouped = {"enable_gqa": True} if "enable_gqa" in parameters else {}
 
     def varlen(query, key, value, segments, scaling, window, _):
         return varlen_attn(
@@ -210,7 +212,7 @@ def _torch_varlen() -> Kernel | None:
             max(segments.key_lengths),
             scale=scaling,
             window_size=(-1 if window is None else window - 1, 0),
-            enable_gqa=True,
+            **grouped,
         )
 
     return varlen
