@@ -3,26 +3,27 @@
 import json
 import math
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from restem_lightning.errors import UserError
 from restem_lightning.fit import ReSTEMCLI, check_settings, load_problems, make_cli, make_loop
 from restem_lightning.loop.callback import VALIDATION_CACHE_TOKENS
+from restem_lightning.loop.learned import PreferenceParams
 from restem_lightning.loop.shared import Loop
 from restem_lightning.loop.stop_request import StopRequest
 from restem_lightning.loop.tracking import Tracker, TrackingParams
-from restem_lightning.m_step.packing import TrainingSequence, pack_step
+from restem_lightning.m_step.packing import pack_step
 from restem_lightning.plan.costs import Plan, Rates, Volume, make_plan, shown
 from restem_lightning.plan.paper import Decoding, Shape, Training, rates_on_paper
-from restem_lightning.plan.trial import spread, try_out
-from restem_lightning.prompts import encode_prompt
+from restem_lightning.plan.training import real_sequences
+from restem_lightning.plan.trial import try_out
 from restem_lightning.run_dir import RunDir
 from restem_lightning.sampler.engine import CUDA_BATCH, CUDA_CACHE_SHARE
 from restem_lightning.settings import open_verifiers, resolve_policy
@@ -35,7 +36,9 @@ class PlanParams:
     Args:
         on: "here" tries a little of the run on this machine and measures; a100, h100 and h200 give
             figures on paper for such GPUs, as many as trainer.devices x trainer.num_nodes says.
-        seconds: of the trial, for each kind of completions and for the optimizer steps, about.
+        seconds: of the trial, for each kind of completions and for the optimizer steps, about; one
+            full micro-batch is trained on (with preference.learn, one batch of pairs too) however
+            long it takes, for nothing less shows the memory.
         completion_tokens: on paper, tokens of a completion; null for half of
             sampling.max_new_tokens.
         acceptance_rate: on paper, the share of correct completions.
@@ -77,12 +80,14 @@ def plan(words: list[str]) -> None:
     Raises:
         UserError: for a user's mistake.
     """
+    libraries_s, start = time.process_time(), time.monotonic()  # no clock ran while they loaded
     cli = make_cli(words, PlanCLI, verb="plan")
     params = cli.build(1).plan
     with _opened(cli, needs_weights=params.on == "here") as (loop, made):
-        counts = volume(cli, loop)
+        start_s = libraries_s + time.monotonic() - start
+        counts = volume(cli, loop, made.preference)
         if params.on == "here":
-            rates = try_out(cli, loop, made, seconds=params.seconds)
+            rates = try_out(cli, loop, made, counts, seconds=params.seconds, start_s=start_s)
         else:
             rates = _on_paper(params, counts, cli, loop, made)
     found = make_plan(counts, rates)
@@ -109,7 +114,7 @@ def _opened(cli: Any, *, needs_weights: bool) -> Iterator[tuple[Loop, Any]]:
             yield loop, cli.build(1, start=base)
 
 
-def volume(cli: Any, loop: Loop) -> Volume:
+def volume(cli: Any, loop: Loop, preference: PreferenceParams) -> Volume:
     """Returns the counts of a run."""
     config = cli.config
     num_held_out = sum(len(problems) for problems in loop.held_out.values())
@@ -120,6 +125,8 @@ def volume(cli: Any, loop: Loop) -> Volume:
     max_epochs = config.trainer.max_epochs or 1
     every = config.trainer.val_check_interval or 1.0
     looks = math.ceil(max_epochs / every) if isinstance(every, float) else max_epochs
+    learn = {"never": (), "last": (config.iterations,)}
+    each = tuple(range(1, config.iterations + 1))
     return Volume(
         iterations=config.iterations,
         num_problems=len(loop.train),
@@ -129,6 +136,9 @@ def volume(cli: Any, loop: Loop) -> Volume:
         completions=completions,
         looks=looks,
         num_ranks=_devices_of_a_node(config.trainer.devices) * config.trainer.num_nodes,
+        verifiers=learn.get(preference.learn, each),
+        max_pairs_per_problem=preference.max_pairs_per_problem,
+        pair_epochs=preference.max_epochs,
     )
 
 
@@ -143,7 +153,8 @@ def _devices_of_a_node(devices: Any) -> int:
 def as_json(found: Plan) -> str:
     """Returns a plan as a JSON object."""
     rows = {
-        name: [row._asdict() for row in getattr(found, name)] for name in ("base", "first", "later")
+        name: [row._asdict() for row in getattr(found, name)]
+        for name in ("base", "first", "later", "verifiers")
     }
     return json.dumps({**found._asdict(), **rows})
 
@@ -157,6 +168,7 @@ def _on_paper(params: PlanParams, counts: Volume, cli: Any, loop: Loop, made: An
         validation_cache_tokens=engine.cache_tokens or VALIDATION_CACHE_TOKENS,
         completion_tokens=params.completion_tokens or loop.sampling.max_new_tokens / 2,
         acceptance_rate=params.acceptance_rate,
+        parity=loop.e_step.parity_completions > 0,
     )
     training = _training(cli.config.trainer, loop, made, counts, int(decoding.completion_tokens))
     return rates_on_paper(counts, model_shape(loop.base), decoding, training, device=params.on)
@@ -166,15 +178,7 @@ def _training(
     trainer: Any, loop: Loop, made: Any, counts: Volume, completion_tokens: int
 ) -> Training:
     """Packs an optimizer step of real prompts, for what is shared of them need not be computed."""
-    tokenizer = AutoTokenizer.from_pretrained(loop.base)
-    prompts = [
-        encode_prompt(loop.template, problem, tokenizer)[0]
-        for problem in spread(loop.train, made.data.batch_size)
-    ]
-    sequences = [
-        TrainingSequence(np.array(prompt + completion_tokens * [0]), len(prompt), 1.0)
-        for prompt in prompts
-    ]
+    sequences = real_sequences(loop, [completion_tokens * [0]], made.data.batch_size)
     step = pack_step(
         sequences,
         tokens_per_micro_batch=made.data.tokens_per_micro_batch,
@@ -187,7 +191,7 @@ def _training(
     parameter_bytes = 4 if model.dtype_name == "float32" else 2
     return Training(
         batch_size=len(sequences),
-        prompt_tokens=sum(map(len, prompts)) / len(prompts),
+        prompt_tokens=sum(one.prompt_length for one in sequences) / len(sequences),
         step_tokens=sum(sizes),
         micro_batches=len(sizes),
         micro_batch_tokens=max(sizes),

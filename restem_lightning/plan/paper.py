@@ -22,6 +22,11 @@ rate F and memory bandwidth W; rates are reached to the shares that well-kept en
   cache, which takes 85 % of what is free unless `engine.cache_tokens` is set. The two do not
   overlap. 1.5 GB of libraries come to both.
 
+- 30 s go by for each time that weights are loaded, exported, saved or handed over, and 60 s at the
+  start; beside that the few tokens that parity scores count for nothing. A verifier trains on two
+  sequences a pair at the rate of the M-step and scores one in a third of that time. Its memory,
+  all logits of a batch of pairs, is left out.
+
 Source: 6 P, arXiv 2001.08361 section 2.1; 34 bytes, arXiv 2205.05198 section 4. No GPU has checked
 these figures yet.
 """
@@ -29,7 +34,7 @@ these figures yet.
 from dataclasses import dataclass
 
 from restem_lightning.errors import UserError
-from restem_lightning.plan.costs import Rates, Sampling, Volume
+from restem_lightning.plan.costs import Learning, Rates, Sampling, Volume
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +67,7 @@ LIBRARIES_BYTES = 1.5e9  # of a process: context, buffers, kernels
 GRADIENT_BYTES = 4  # summed over ranks in float32 always
 TOKEN_BYTES = 12.0  # id, two log-probabilities and text, compressed (measured, GSM8K)
 COMPLETION_BYTES = 50.0  # its address, verdict and share of what a part holds once (quickstart)
-LOAD_S = 30.0
+START_S, LOAD_S = 60.0, 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +98,7 @@ class Decoding:
         validation_cache_tokens: of the sampler beside the trainer's weights.
         completion_tokens: of one, on average.
         acceptance_rate: share of correct completions.
+        parity: whether the trainer scores some of them again.
     """
 
     batch: int
@@ -101,6 +107,7 @@ class Decoding:
     validation_cache_tokens: int
     completion_tokens: float
     acceptance_rate: float
+    parity: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +156,8 @@ def rates_on_paper(
     compute_s = _compute_s(card, shape, training)
     communication_s = _communication_s(card, shape, training, num_ranks=volume.num_ranks)
     tokens = training.batch_size * (training.prompt_tokens + decoding.completion_tokens)
+    tokens_per_s = tokens / max(compute_s, communication_s) / volume.num_ranks
+    sequence_s = tokens / training.batch_size / tokens_per_s
     most = volume.n if volume.max_per_problem is None else volume.max_per_problem
     bound = "network" if communication_s > compute_s else "arithmetic"
     return Rates(
@@ -167,12 +176,38 @@ def rates_on_paper(
         accepted_per_problem=min(most, volume.n * decoding.acceptance_rate),
         accepted_tokens=decoding.completion_tokens,
         prompt_tokens=training.prompt_tokens,
-        training_tokens_per_s=tokens / max(compute_s, communication_s) / volume.num_ranks,
+        training_tokens_per_s=tokens_per_s,
         policy_bytes=training.parameter_bytes * size,
         # Weights and two moments, twice: the new ones come before the old ones go. And the best.
         checkpoint_bytes=(2 * 3 + 1) * training.parameter_bytes * size,
         memory_bytes=_memory_bytes(card, volume, shape, decoding, training),
+        waiting_bytes=_waiting_bytes(volume, decoding, training),
+        start_s=START_S,
         load_s=LOAD_S,
+        parity_s=LOAD_S if decoding.parity else 0.0,
+        m_step_s=2 * LOAD_S,
+        hand_over_s=LOAD_S,
+        checkpoint_s=LOAD_S,
+        learning=_learning(volume, decoding, sequence_s),
+    )
+
+
+def _waiting_bytes(volume: Volume, decoding: Decoding, training: Training) -> float:
+    """Returns what waits of a problem for selection: ids, log-probabilities and text, plain."""
+    waiting = 1 + volume.n * decoding.acceptance_rate
+    return waiting * (4 * training.prompt_tokens + 12 * decoding.completion_tokens)
+
+
+def _learning(volume: Volume, decoding: Decoding, sequence_s: float) -> Learning:
+    """Returns how a verifier comes about whose problems are all of the same difficulty."""
+    correct = volume.n * decoding.acceptance_rate
+    return Learning(
+        mixed_share=1.0,
+        pairs=correct * (volume.n - correct),
+        sequences=volume.n,
+        pair_s=2 * sequence_s,
+        sequence_s=sequence_s / 3,
+        load_s=3 * LOAD_S,
     )
 
 
