@@ -3,7 +3,7 @@
 `c_library` compiles them (the sources in `native/` say how they work). They take tensors by their
 addresses, so a row of numbers must lie side by side; rows and heads may be apart.
 
-Keys lie in cache blocks in an order of their own (see native/attention.c), which nothing but
+Keys lie in cache blocks in an order of their own (see native/attention.h), which nothing but
 `write_kv`, `rotate_and_write` and `block_attention` knows: a cache belongs to one set of
 operations.
 """

@@ -1,6 +1,5 @@
 """The iterations of ReST^EM, one Trainer.fit each, chained through the run folder."""
 
-import gc
 import re
 import shlex
 import sys
@@ -25,6 +24,7 @@ from restem_lightning.loop.shared import Loop
 from restem_lightning.loop.stop_request import STOPPED_STATUS, Stopped, StopRequest
 from restem_lightning.loop.stoppable import StoppableTraining
 from restem_lightning.loop.tracking import Tracker
+from restem_lightning.loop.weights import quick_collections
 from restem_lightning.m_step.checkpoints import write_error
 from restem_lightning.m_step.stopping import resume_checkpoint, stop_callbacks
 from restem_lightning.problems import Problem
@@ -64,11 +64,10 @@ def fit(words: list[str]) -> None:
         UserError: for a user's mistake.
     """
     cli = make_cli(words)
-    if not gc.get_freeze_count():  # what is imported by now stays: collections need not look at it
-        gc.freeze()
     run = RunDir(cli.config.run_dir)
     stop = StopRequest(reserve_s=cli.config.walltime_reserve_s)
-    with _stopping(run, stop, command=shlex.join(["restem", "fit", *words])):
+    command = shlex.join(["restem", "fit", *words])
+    with quick_collections(), _stopping(run, stop, command=command):
         try:
             _run(cli, run, stop)
         except MisconfigurationException as error:

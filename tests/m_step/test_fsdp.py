@@ -172,15 +172,15 @@ def test_no_rank_holds_the_whole_model_while_it_loads(tmp_path):
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path / "policy", max_shard_size="100MB")
     result = tmp_path / "loading.json"
-    run_ranks(4, {"loading": {"policy": str(tmp_path / "policy"), "result": str(result)}})
+    run_ranks(2, {"loading": {"policy": str(tmp_path / "policy"), "result": str(result)}})
     loaded = json.loads(result.read_text())
     norms = {name: each.norm().item() for name, each in model.named_parameters()}
     assert loaded["norms"] == pytest.approx(norms, rel=1e-6)
     for rank in loaded["ranks"]:
         assert rank["whole_bytes"] > 200e6
-        assert rank["local_bytes"] == pytest.approx(rank["whole_bytes"] / 4, rel=0.01)
-        # A quarter, and what the code itself takes.
-        assert rank["peak_bytes"] < 0.5 * rank["whole_bytes"]
+        assert rank["local_bytes"] == pytest.approx(rank["whole_bytes"] / 2, rel=0.01)
+        # Half of it, and what the code itself takes.
+        assert rank["peak_bytes"] < 0.75 * rank["whole_bytes"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,8 +1,7 @@
-/* Writing keys and values to cache blocks, and block attention over a work list.
+/* Block attention over a work list.
  *
- * In a block [S, D] of the cache values lie as they are defined, but keys lie word by word:
- * [D / PER_WORD, S, PER_WORD]. So a vector holds one word of LANES keys, scores come out side by
- * side, and nothing is transposed or added across lanes.
+ * In a block of the cache keys lie word by word (attention.h), so a vector holds one word of LANES
+ * keys, scores come out side by side, and nothing is transposed or added across lanes.
  *
  * Rows that see the same shared segments are attended for together, as many at once as fill the
  * registers (`plan`); then each sees its own keys. Keys are taken in chunks that begin at fixed
@@ -65,39 +64,6 @@ static int same_keys(const struct work *w, int a, int b)
                 return 0;
     }
     return 1;
-}
-
-void write_row(
-    const struct work *w, const struct cache *c, int row, const number *key, const number *value)
-{
-    int S = c->block_size, D = c->head_size, index = w->positions[row] - w->own_starts[row];
-    int64_t block = w->tables[(int64_t)w->own_tables[row] * w->table_width + index / S];
-    for (int head = 0; head < c->num_key_heads; head++) {
-        int64_t place = (block * c->num_key_heads + head) * S * D;
-        word *to = (word *)(c->keys + place) + index % S;
-        for (int d = 0; d < D / PER_WORD; d++)
-            memcpy(to + d * S, key + head * D + d * PER_WORD, 4);
-        memcpy(c->values + place + index % S * D, value + head * D, D * sizeof(number));
-    }
-}
-
-/* Writes the keys and values of all rows; strides in numbers, D of a head side by side. */
-void write_kv(
-    const struct work *w, number *key_cache, number *value_cache, int K, int S, int D,
-    const number *keys, int64_t key_stride, int64_t key_head_stride, const number *values,
-    int64_t value_stride, int64_t value_head_stride)
-{
-    struct cache c = {key_cache, value_cache, K, S, D};
-    number key[K * D], value[K * D];
-    for (int row = 0; row < w->num_rows; row++) {
-        for (int head = 0; head < K; head++) {
-            memcpy(key + head * D, keys + row * key_stride + head * key_head_stride,
-                D * sizeof(number));
-            memcpy(value + head * D, values + row * value_stride + head * value_head_stride,
-                D * sizeof(number));
-        }
-        write_row(w, &c, row, key, value);
-    }
 }
 
 /* What is known of M query vectors, between chunks. */

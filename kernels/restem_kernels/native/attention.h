@@ -1,4 +1,4 @@
-/* The work list and the cache, as attention.c explains them. */
+/* The work list and the cache. */
 #ifndef ATTENTION_H
 #define ATTENTION_H
 
@@ -11,13 +11,11 @@ struct work { /* see work.py; int32 tensors */
     int32_t *order;  /* [T], rows of the same tiles one after the other */
 };
 
-struct cache { /* of one layer: [n, K, S, D] */
+/* Of one layer: [n, K, S, D]. In a block values lie so, but keys word by word:
+ * [D / PER_WORD, S, PER_WORD]. */
+struct cache {
     number *keys, *values;
     int32_t num_key_heads, block_size, head_size;
 };
-
-/* Writes one key and one value of all heads of a row; both [K, D], all numbers side by side. */
-void write_row(
-    const struct work *w, const struct cache *c, int row, const number *key, const number *value);
 
 #endif

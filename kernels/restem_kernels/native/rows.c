@@ -73,11 +73,45 @@ static void rotate(number *to, const number *x, const number *cosines, const num
     }
 }
 
+/* Writes one key and one value of all heads of a row; both [K, D], all numbers side by side. */
+static void write_row(
+    const struct work *w, const struct cache *c, int row, const number *key, const number *value)
+{
+    int S = c->block_size, D = c->head_size, index = w->positions[row] - w->own_starts[row];
+    int64_t block = w->tables[(int64_t)w->own_tables[row] * w->table_width + index / S];
+    for (int head = 0; head < c->num_key_heads; head++) {
+        int64_t place = (block * c->num_key_heads + head) * S * D;
+        word *to = (word *)(c->keys + place) + index % S;
+        for (int d = 0; d < D / PER_WORD; d++)
+            memcpy(to + d * S, key + head * D + d * PER_WORD, 4);
+        memcpy(c->values + place + index % S * D, value + head * D, D * sizeof(number));
+    }
+}
+
+/* Writes the keys and values of all rows; strides in numbers, D of a head side by side. */
+void write_kv(
+    const struct work *w, number *key_cache, number *value_cache, int K, int S, int D,
+    const number *keys, int64_t key_stride, int64_t key_head_stride, const number *values,
+    int64_t value_stride, int64_t value_head_stride)
+{
+    struct cache c = {key_cache, value_cache, K, S, D};
+    number key[K * D], value[K * D];
+    for (int row = 0; row < w->num_rows; row++) {
+        for (int head = 0; head < K; head++) {
+            memcpy(key + head * D, keys + row * key_stride + head * key_head_stride,
+                D * sizeof(number));
+            memcpy(value + head * D, values + row * value_stride + head * value_head_stride,
+                D * sizeof(number));
+        }
+        write_row(w, &c, row, key, value);
+    }
+}
+
 /* qkv [T, (H + 2 K) D] -> out [T, H, D] and the cache. Norms of heads may be null. */
 void rotate_and_write(
     const struct work *w, number *key_cache, number *value_cache, int K, int S, int D,
-    const number *qkv, int64_t stride, const number *cosines, const number *sines, const number *q_norm, const number *k_norm,
-    float eps, number *out, int num_heads, int threads)
+    const number *qkv, int64_t stride, const number *cosines, const number *sines,
+    const number *q_norm, const number *k_norm, float eps, number *out, int num_heads, int threads)
 {
     struct cache c = {key_cache, value_cache, K, S, D};
 #pragma omp parallel for num_threads(threads)
