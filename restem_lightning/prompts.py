@@ -158,6 +158,23 @@ def encode_prompt(
     return ids, shared
 
 
+def encode_answer(
+    template: PromptTemplate, problem: Problem, tokenizer: Any, answer: str
+) -> tuple[list[int], list[int]]:
+    """Returns a problem's prompt ids and those of a text behind it, as a policy would go on.
+
+    A tokenizer that takes each text for the beginning of a sentence would put a space before the
+    answer if it were encoded alone. That it still is where the two merge at their border.
+    """
+    prompt_ids, _ = encode_prompt(template, problem, tokenizer)
+    prompt = template.render(problem, tokenizer)
+    encode = {"add_special_tokens": prompt.add_special_tokens}
+    ids = tokenizer.encode(prompt.text + answer, **encode)
+    if ids[: len(prompt_ids)] == prompt_ids:
+        return prompt_ids, ids[len(prompt_ids) :]
+    return prompt_ids, tokenizer.encode(answer, add_special_tokens=False)
+
+
 def template_hash(template: PromptTemplate, tokenizer: Any) -> str:
     """Returns a hash of what the template makes of a made-up problem; part of a pool's key."""
     probe = Problem(

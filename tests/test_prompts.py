@@ -12,6 +12,7 @@ from restem_lightning.prompts import (
     ASSETS,
     ChatPrompt,
     FewShotPrompt,
+    encode_answer,
     encode_prompt,
     template_hash,
 )
@@ -201,3 +202,23 @@ def test_the_shots_for_programs_pass_their_own_tests():
         exec(program, space)
         exec(question.partition("It should pass:\n")[2], space)
         assert "assert " in question
+
+
+def test_an_answer_is_encoded_as_a_policy_goes_on_behind_the_prompt():
+    vocabulary = {c: i for i, c in enumerate(["<unk>", "\u2581", *"QA:Whatis2+.?four\n"])}
+    core = Tokenizer(BPE(vocabulary, [], unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    template = FewShotPrompt(question_format="Q: {question}\nA:\n", answer_format="{answer}")
+    prompt_ids, ids = encode_answer(template, OTHER, tokenizer, "four")
+    assert prompt_ids == encode_prompt(template, OTHER, tokenizer)[0]
+    assert tokenizer.convert_ids_to_tokens(ids) == list("four")
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("four")) == ["\u2581", *"four"]
+
+
+def test_an_answer_that_merges_with_the_prompt_is_encoded_alone():
+    tokenizer = make_tokenizer(merges=[("\u010a", "4")])  # a newline and 4
+    template = FewShotPrompt(question_format="{question}\n", answer_format="{answer}")
+    prompt_ids, ids = encode_answer(template, OTHER, tokenizer, "4.")
+    assert prompt_ids == encode_prompt(template, OTHER, tokenizer)[0]
+    assert tokenizer.decode(ids) == "4."

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from restem_lightning.completions import CompletionStore, VerdictKind
 from restem_lightning.errors import UserError
+from restem_lightning.loop.draw import problems_of_e_step
 from restem_lightning.loop.e_step import EStepParams, fill_store
 from restem_lightning.loop.ranks import barrier, is_rank_zero
 from restem_lightning.loop.stage import Stage
@@ -22,7 +23,7 @@ class BalanceParams:
     Args:
         temperatures: to choose from; empty for sampling.temperature alone.
         thresholds: to choose from; empty for selection.threshold alone.
-        num_problems: training problems, the first ones, that each temperature is tried on.
+        num_problems: problems of the E-step, drawn anew in each, that each temperature is tried on.
         num_wanted: distinct correct completions of a problem that are enough.
     """
 
@@ -71,12 +72,16 @@ def choose_balance(
     """
     record = folder / "balance.json"
     if not record.exists():
+        # The first ones of a sorted data set would be of one subject.
+        some = problems_of_e_step(
+            problems, params.num_problems, e_step_index=stage.iteration - 1, seed=stage.seed
+        )
         scores = []
         for temperature in params.temperatures or (stage.params.temperature,):
             store = CompletionStore(folder / f"temperature_{temperature:g}")
             fill_store(
                 store,
-                list(problems[: params.num_problems]),
+                some,
                 replace(
                     stage,
                     params=replace(stage.params, temperature=temperature),

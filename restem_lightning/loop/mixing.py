@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from restem_lightning.errors import UserError
 from restem_lightning.problems import Problem
-from restem_lightning.prompts import PromptTemplate, encode_prompt
+from restem_lightning.prompts import PromptTemplate, encode_answer
 from restem_lightning.selection import ACCEPTED_SCHEMA, ROW_GROUP
 
 Human = Literal["none", "all", "solved"]
@@ -99,22 +99,24 @@ def human_solutions(
     and its tokens are apart from the prompt's, as a policy would write them.
     """
     render = getattr(template, "render_answer", str)
-    rows = [
-        {
-            "iteration": 0,
-            "problem_id": problem.problem_id,
-            "completion_index": 0,
-            "prompt_ids": encode_prompt(template, problem, tokenizer)[0],
-            "completion_ids": tokenizer.encode(
-                render(problem.reference_solution), add_special_tokens=False
-            ),
-            "text": render(problem.reference_solution),
-            "logprobs": [],
-            "weight": weight,
-        }
-        for problem in problems
-        if problem.reference_solution is not None
-    ]
+    rows = []
+    for problem in problems:
+        if problem.reference_solution is None:
+            continue
+        text = render(problem.reference_solution)
+        prompt_ids, completion_ids = encode_answer(template, problem, tokenizer, text)
+        rows.append(
+            {
+                "iteration": 0,
+                "problem_id": problem.problem_id,
+                "completion_index": 0,
+                "prompt_ids": prompt_ids,
+                "completion_ids": completion_ids,
+                "text": text,
+                "logprobs": [],
+                "weight": weight,
+            }
+        )
     return pa.Table.from_pylist(rows, schema=ACCEPTED_SCHEMA)
 
 

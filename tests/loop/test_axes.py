@@ -125,9 +125,19 @@ def test_the_balance_sets_the_temperature_of_the_round(whole):
     balance = read_json(whole.iteration(2).path / "balance" / "balance.json")
     assert [row["temperature"] for row in balance["scores"]] == [0.5, 1.0]
     best = max(balance["scores"], key=lambda row: row["score"])
-    table = CompletionStore(whole.iteration(2).completions).read(["sampling"])
+    table = CompletionStore(whole.iteration(2).completions).read(["problem_id", "sampling"])
     temperatures = {json.loads(text)["temperature"] for text in table["sampling"].to_pylist()}
     assert temperatures == {best["temperature"]}
+    # They are tried on some of the problems, not on the first ones.
+    drawn = list(dict.fromkeys(table["problem_id"].to_pylist()))
+    tried = [
+        CompletionStore(whole.iteration(2).path / "balance" / name).finished_problem_ids()
+        for name in ("temperature_0.5", "temperature_1")
+    ]
+    assert tried[0] == tried[1]
+    assert len(tried[0]) == 4
+    assert tried[0] < set(drawn)
+    assert tried[0] != set(drawn[:4])
 
 
 def test_start_and_length_of_the_m_step_follow_the_iteration(whole):
