@@ -181,5 +181,5 @@ class Lanes:
         """Takes the drawn tokens [n] int64 of the first n lanes as their next input."""
         num_rows = len(tokens)
         self.tokens[:num_rows] = tokens
-        self.positions[:num_rows] += self.in_use[:num_rows]
-        self.draw_positions[:num_rows] += 1
+        self.positions[:num_rows].add_(self.in_use[:num_rows])
+        self.draw_positions[:num_rows].add_(1)

@@ -122,6 +122,8 @@ class StepGraphs:
         """Drops all graphs if a tensor that they use has been replaced since this generation."""
         if generation != self.generation:
             self.generation = generation
+            if self.graphs:
+                torch.cuda.synchronize(self.device)  # the last ones may still be running
             self.graphs.clear()
             self.seen.clear()
             self.pool = None  # a pool cannot be used again once its last graph is gone

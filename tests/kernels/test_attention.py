@@ -10,6 +10,7 @@ import pytest
 import torch
 from restem_kernels import reference
 from restem_kernels.attention import block_attention, tile_rows
+from restem_kernels.kv_cache import write_kv
 from restem_kernels.work import Work
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -272,6 +273,25 @@ def test_the_bits_of_a_row_do_not_depend_on_the_batch(dtype, settings):
         together = attend(list(range(len(rows))), 21)
         for numbers, most_members in (([6, 1, 4], 2), ([5], 21)):
             assert torch.equal(attend(numbers, most_members), together[numbers])
+
+
+def test_blocks_whose_offsets_need_more_than_32_bits():
+    far = 2**31 // (2 * SIZE * 64)
+    shape = far + NUM_BLOCKS, 2, SIZE, 64
+    scene = make_scene(SEGMENTS, dtype=torch.float16)
+    # Most of these 8 GB is never touched: on a CPU it takes no memory.
+    caches = [torch.empty(shape, dtype=torch.float16, device=DEVICE) for _ in range(2)]
+    for cache, near in zip(caches, (scene.key_cache, scene.value_cache), strict=True):
+        cache[far:] = near
+    queries = make_queries(len(ALL), 4, 64, torch.float16)
+    work = make_work(scene, ALL, most_members=8)
+    near = scene.key_cache, scene.value_cache
+    new = make_queries(2 * len(ALL), 2, 64, torch.float16).unflatten(0, (2, -1))
+    write_kv(*new, *near, work)
+    expected = block_attention(queries, *near, work, scaling=0.125)
+    work.tables += far
+    write_kv(*new, *caches, work)
+    assert torch.equal(block_attention(queries, *caches, work, scaling=0.125), expected)
 
 
 @pytest.mark.gpu
