@@ -61,6 +61,16 @@ def test_only_what_the_settings_ask_for_is_planned(restem, plan_words):
     ]
 
 
+def test_an_m_step_is_planned_where_the_trial_accepts_nothing(restem, plan_words):
+    words, _ = plan_words
+    more = ("--sampling.max_new_tokens", "1", "--preference.learn", "never")
+    plan = planned(restem, words, *more, "--plan.seconds", "1")
+    assert "accepted none" in plan["origin"]
+    (m_step,) = (row for row in plan["first"] if row["stage"] == "M-step")
+    assert m_step["items"] >= 2  # one completion, two epochs
+    assert m_step["stored_bytes"] > 1e6
+
+
 def test_on_paper_nothing_runs_and_more_devices_take_less_time(restem, plan_words):
     words, _ = plan_words
     paper = ("--plan.on", "h100", "--engine.device", "auto")
