@@ -83,7 +83,7 @@ def plan(words: list[str]) -> None:
     libraries_s, start = time.process_time(), time.monotonic()  # no clock ran while they loaded
     cli = make_cli(words, PlanCLI, verb="plan")
     params = cli.build(1).plan
-    with _opened(cli, needs_weights=params.on == "here") as (loop, made):
+    with opened(cli, needs_weights=params.on == "here") as (loop, made):
         start_s = libraries_s + time.monotonic() - start
         counts = volume(cli, loop, made.preference)
         if params.on == "here":
@@ -95,7 +95,7 @@ def plan(words: list[str]) -> None:
 
 
 @contextmanager
-def _opened(cli: Any, *, needs_weights: bool) -> Iterator[tuple[Loop, Any]]:
+def opened(cli: Any, *, needs_weights: bool) -> Iterator[tuple[Loop, Any]]:
     """Yields what a run's iterations would share, with a run folder that is thrown away."""
     made = cli.build(1)
     base = cli.config.policy  # on paper, config and tokenizer are enough, from a hub too

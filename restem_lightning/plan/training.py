@@ -10,7 +10,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import chain, count, repeat
+from itertools import chain, cycle, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -231,17 +231,9 @@ def try_verifier(
     completions = [one.completion_ids for one in sorted(distinct)]
     completions = completions or store.read(["completion_ids"])["completion_ids"].to_pylist()
     batch_size = math.ceil(params.batch_size / num_ranks)
-    sequences = real_sequences(loop, completions, batch_size)
-    numbers = count()
-    data = pair_set(
-        [
-            tuple(
-                (tuple(one.prompt), tuple(completions[next(numbers) % len(completions)]))
-                for _ in range(2)
-            )
-            for one in sequences
-        ]
-    )
+    prompts = [tuple(one.prompt) for one in real_sequences(loop, completions, batch_size)]
+    halves = cycle(tuple(completion) for completion in completions)
+    data = pair_set([((one, next(halves)), (one, next(halves))) for one in prompts])
     module = PreferenceModule(
         loop.base,
         data,

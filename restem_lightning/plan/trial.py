@@ -54,7 +54,8 @@ def try_out(
         parity_s = _try_parity(loop, store)
         selection = select_completions([store], loop.selection)
         num_problems = selection.funnel["num_problems"]
-        accepted_per_problem = selection.funnel["accepted"] / num_problems
+        # A run that accepts nothing stops at once: what an M-step takes is still to be said.
+        accepted_per_problem = max(1, selection.funnel["accepted"]) / num_problems
         accepted = end_with_eos(_any_completions(store, selection.accepted), eos_ids(loop.base))
         completions = accepted["completion_ids"].to_pylist()
         batch_size = min(made.data.batch_size, math.ceil(accepted_per_problem * len(loop.train)))
@@ -77,7 +78,8 @@ def try_out(
     waiting = selection.funnel["correct"] / num_problems + 1
     return Rates(
         origin=f"measured here in {time.monotonic() - start:.0f} s, on {num_problems} of "
-        f"{len(loop.train)} problems",
+        f"{len(loop.train)} problems"
+        + ("" if selection.accepted.num_rows else "; it accepted none, and the plan counts one"),
         sampling=sampling,
         accepted_per_problem=accepted_per_problem,
         accepted_tokens=sum(map(len, completions)) / len(completions),
@@ -127,7 +129,7 @@ def _drawn(
     folder: Path,
     seconds: float,
 ) -> tuple[Sampling, CompletionStore]:
-    """Draws twice: an eighth of what fills the sampler's batch, then as much as the time allows."""
+    """Draws twice: an eighth of what fills the sampler's batch, then all that the time allows."""
     full = max(2, math.ceil(BATCHES * (loop.engine.max_batch_size or 256) / params.n))
     took, num = 0.0, max(1, full // 8)
     for place in ("first", "second"):
@@ -136,7 +138,7 @@ def _drawn(
         start = time.monotonic()
         fill_store(store, some, stage, e_step=loop.e_step, show=f"trial {kind}")
         took = time.monotonic() - start
-        num = max(1, min(full, int(num * seconds / took)))
+        num = max(num, min(full, int(num * seconds / took)))
     num_tokens = num_completions = 0
     for part in store.iter_batches(["completion_ids"]):
         num_tokens += len(part["completion_ids"].flatten())

@@ -26,6 +26,7 @@ DECODING = Decoding(
     validation_cache_tokens=65536,
     completion_tokens=512,
     acceptance_rate=0.5,
+    parity=True,
 )
 TRAINING = Training(
     batch_size=64,

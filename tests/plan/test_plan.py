@@ -6,14 +6,14 @@ import pytest
 
 from restem_lightning.completions import CompletionStore
 from restem_lightning.plan.paper import DEVICES
-from restem_lightning.run_dir import RunDir
+from restem_lightning.run_dir import RunDir, read_json
 
 
 @pytest.fixture(scope="module")
 def plan_words(fit_words, tmp_path_factory):
     """Words of `restem fit` for a tiny run, without its verb, and its run folder."""
     run_dir = tmp_path_factory.mktemp("plan") / "run"
-    return fit_words(run_dir)[1:], run_dir
+    return fit_words(run_dir, **{"preference.learn": "last"})[1:], run_dir
 
 
 def planned(restem, words, *more):
@@ -38,8 +38,37 @@ def test_a_plan_foretells_the_run(restem, plan_words):
     assert plan["drawn_tokens"] - looks == pytest.approx(drawn, rel=0.2)
     assert rows["E-step"]["items"] == 24 * 4
     assert rows["evaluation (greedy)"]["items"] == 8
-    size = sum(path.stat().st_size for path in run_dir.rglob("*.safetensors"))
-    assert plan["disk_bytes"] > size
+    assert plan["base"][0]["stage"] == "start"
+    stored = sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file())
+    assert plan["disk_bytes"] == pytest.approx(stored, rel=0.2)
+    (verifier,) = plan["verifiers"]
+    num_pairs = read_json(run.iteration(1).verifier_json)["num_pairs"]
+    assert verifier["items"] == pytest.approx(num_pairs, rel=0.5)
+    assert verifier["seconds"] > 0
+
+
+def test_only_what_the_settings_ask_for_is_planned(restem, plan_words):
+    words, _ = plan_words
+    more = ("--e_step.parity_completions", "0", "--preference.learn", "never")
+    plan = planned(restem, words, *more, "--plan.seconds", "1")
+    assert plan["verifiers"] == []
+    assert [row["stage"] for row in plan["first"]] == [
+        "E-step",
+        "M-step",
+        "D_val",
+        "evaluation (greedy)",
+        "evaluation (sampled)",
+    ]
+
+
+def test_an_m_step_is_planned_where_the_trial_accepts_nothing(restem, plan_words):
+    words, _ = plan_words
+    more = ("--sampling.max_new_tokens", "1", "--preference.learn", "never")
+    plan = planned(restem, words, *more, "--plan.seconds", "1")
+    assert "accepted none" in plan["origin"]
+    (m_step,) = (row for row in plan["first"] if row["stage"] == "M-step")
+    assert m_step["items"] >= 2  # one completion, two epochs
+    assert m_step["stored_bytes"] > 1e6
 
 
 def test_on_paper_nothing_runs_and_more_devices_take_less_time(restem, plan_words):
