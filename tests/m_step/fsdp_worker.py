@@ -16,6 +16,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.debug import CommDebugMode
 
 from restem_lightning.m_step import (
     AcceptedDataModule,
@@ -34,12 +35,24 @@ NUM_RANKS = int(os.environ["WORLD_SIZE"])
 
 
 class Watch(pl.Callback):
-    """Keeps losses and gives the best reward to optimizer step 4; may die at a given step."""
+    """Keeps losses and gives the best reward to optimizer step 4; may die at a given step.
+
+    Counts the all-gathers of weights and the micro-batches of each optimizer step too.
+    """
 
     def __init__(self, die_at):
         self.losses, self.norms, self.die_at = [], [], die_at
+        self.all_gathers, self.num_micro_batches = [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.collectives = CommDebugMode()
+        self.collectives.__enter__()
+        self.num_micro_batches.append(len(batch.micro_batches))
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.collectives.__exit__(None, None, None)
+        counts = self.collectives.get_comm_counts()
+        self.all_gathers.append(counts[torch.ops.c10d._allgather_base_])
         self.losses.append(trainer.callback_metrics["train_loss"].item())
         self.norms.append(trainer.callback_metrics["gradient_norm"].item())
         if trainer.global_step == self.die_at:
@@ -88,7 +101,8 @@ def run(case, die_at=None):
     load_best(module, best.best_model_path)
     export_policy(module, folder / "best", source_policy=case["policy"])
     if trainer.is_global_zero:
-        result = {"losses": watch.losses, "norms": watch.norms, "steps": trainer.global_step}
+        kept = ("losses", "norms", "all_gathers", "num_micro_batches")
+        result = {name: getattr(watch, name) for name in kept} | {"steps": trainer.global_step}
         (folder / "result.json").write_text(json.dumps(result))
 
 
