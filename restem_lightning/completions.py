@@ -239,8 +239,7 @@ class CompletionStore:
         for completion in completions:
             num_tokens = len(completion.completion_ids)
             assert num_tokens == len(completion.logprobs) == len(completion.sampling_logprobs)
-        path = self._part_path(index)
-        entry = path.with_suffix(".json")
+        path, entry = self._part_path(index), self.entry_path(index)
         assert not entry.exists(), f"{path} is finished; delete_part comes first"
         with atomic_path(path) as temporary:
             table = to_table(completions)
@@ -272,9 +271,8 @@ class CompletionStore:
 
     def delete_part(self, index: int) -> None:
         """Removes a part, its index entry first, so that its problems are drawn again."""
-        path = self._part_path(index)
-        path.with_suffix(".json").unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
+        self.entry_path(index).unlink(missing_ok=True)
+        self._part_path(index).unlink(missing_ok=True)
 
     def verify_checksums(self) -> None:
         """Reads the bytes of every part once and compares them with the index.
@@ -330,6 +328,10 @@ class CompletionStore:
             for batch in _batches(part, SCHEMA.names)
             for completion in from_table(batch.filter(pc.field("problem_id") == problem_id))
         ]
+
+    def entry_path(self, index: int) -> Path:
+        """Returns the path of a part's index entry."""
+        return self._part_path(index).with_suffix(".json")
 
     def _part_path(self, index: int) -> Path:
         return self.folder / f"part-{index:05d}.parquet"

@@ -19,9 +19,15 @@ from restem_lightning.fit.command_line import ReSTEMCLI, make_cli
 from restem_lightning.loop.callback import ReSTEMCallback
 from restem_lightning.loop.iteration import is_plateau
 from restem_lightning.loop.learned import learn_verifier, wants_verifier
-from restem_lightning.loop.ranks import LostRank, is_of_lost_rank, leave_together
+from restem_lightning.loop.ranks import (
+    LostRank,
+    is_distributed,
+    is_of_lost_rank,
+    leave_together,
+    roll_call,
+)
 from restem_lightning.loop.shared import Loop
-from restem_lightning.loop.stop_request import STOPPED_STATUS, Stopped, StopRequest
+from restem_lightning.loop.stop_request import LEFT_STATUS, Stopped, StopRequest
 from restem_lightning.loop.stoppable import StoppableTraining
 from restem_lightning.loop.tracking import Tracker
 from restem_lightning.loop.weights import quick_collections
@@ -91,10 +97,11 @@ def _stopping(run: RunDir, stop: StopRequest, *, command: str) -> Iterator[None]
         if isinstance(error, Stopped):
             with suppress(LostRank):  # what there is to say has been said
                 leave_together(stop.is_leaving)
-        sys.exit(stop.status)
+        is_ours = isinstance(error, Stopped) or rank_zero_only.rank == 0
+        sys.exit(stop.status if is_ours else LEFT_STATUS)
     except BaseException as error:  # torch's error of a checkpoint is no Exception
         if is_of_lost_rank(error):
-            _leave_alone(run, command=command)
+            _leave_alone(run, error, command=command)
         if reason := write_error(error):
             raise UserError(
                 f"a checkpoint below {run.path} cannot be written ({reason}); free space or mend "
@@ -105,14 +112,16 @@ def _stopping(run: RunDir, stop: StopRequest, *, command: str) -> Iterator[None]
         stop.uninstall()
 
 
-def _leave_alone(run: RunDir, *, command: str) -> None:
+def _leave_alone(run: RunDir, error: BaseException, *, command: str) -> None:
     """Ends this process where another rank has ended without a word."""
-    if rank_zero_only.rank in (0, 1):  # 1 for the case that 0 is the one that is lost
+    teller, lost = roll_call()
+    if rank_zero_only.rank == teller:
+        reason = "" if isinstance(error, LostRank) else f" ({str(error).splitlines()[0]})"
         print(
-            f"\nrestem fit: another rank was lost; {_saved(run)}; go on with: {command}",
+            f"\nrestem fit: {lost} was lost{reason}; {_saved(run)}; go on with: {command}",
             file=sys.stderr,
         )
-    sys.exit(STOPPED_STATUS)
+    sys.exit(LEFT_STATUS)
 
 
 def _saved(run: RunDir) -> str:
@@ -174,7 +183,7 @@ def _run(cli: ReSTEMCLI, run: RunDir, stop: StopRequest) -> None:
             last = run.finished_iterations()[-1]
             if wants_verifier(made.preference, run, last, is_last=True):
                 _learn_verifier(cli, loop_of(last), last)
-    stop.is_patient = False
+    stop.is_patient = is_distributed()  # the others wait, and shall notice if rank 0 is lost
     if rank_zero_only.rank == 0:
         write_report([run.path], run.report)
         last = run.iteration(run.finished_iterations()[-1])

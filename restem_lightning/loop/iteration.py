@@ -91,7 +91,7 @@ class EStep:
             release_memory()
         if is_rank_zero():
             self._select()
-        barrier(self.loop.stop.is_leaving)
+        barrier(self.loop.stop.is_leaving, written=self.paths.funnel)
 
     def metrics(self) -> dict[str, Any]:
         """Returns the E-step's part of metrics.json, from the pool and the funnel."""

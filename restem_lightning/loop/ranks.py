@@ -1,12 +1,20 @@
 """Which rank this is, and how ranks wait for each other; all of it holds for one process too."""
 
+import os
+import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch.distributed as dist
 
+from restem_lightning.errors import UserError
+
 LOOK_EVERY_S = 0.02
 LOST_AFTER_S = 10.0  # torchrun and srun kill 30 s after SIGTERM
+ROLL_CALL_S = 2.0
+# NFS looks for another node's files anew after 60 s (acdirmax) unless its mount says otherwise.
+SEEN_WITHIN_S = 120.0
 
 
 class LostRank(Exception):
@@ -40,6 +48,53 @@ def group_store() -> dist.Store | None:
     return dist.distributed_c10d._get_default_store() if is_distributed() else None
 
 
+def roll_call() -> tuple[int, str]:
+    """Returns the lowest rank that answers, and in words who does not, with their nodes.
+
+    For ranks that have found out that one is lost: each calls it, all within ROLL_CALL_S.
+    """
+    store = group_store()
+    if store is None:
+        return 0, "another rank"
+    rank, num_ranks = rank_and_count()
+    try:
+        store.set(f"restem/answer/{rank}", "")
+        time.sleep(ROLL_CALL_S)
+        answers = [store.check([f"restem/answer/{other}"]) for other in range(num_ranks)]
+        lost = [other for other in range(num_ranks) if not answers[other]]
+        named = [_named(store, other) for other in lost]
+    except dist.DistError:  # the store is gone, and with it rank 0, where it was
+        return 1, f"rank 0 (node {os.environ.get('MASTER_ADDR')})"
+    return answers.index(True), " and ".join(named) or "the connection of all ranks"
+
+
+def _named(store: dist.Store, rank: int) -> str:
+    """Returns a rank with its node, if it has ever said that."""
+    key = f"restem/node/{rank}"
+    return f"rank {rank}" + (f" (node {store.get(key).decode()})" if store.check([key]) else "")
+
+
+def wait_for_file(path: Path) -> None:
+    """Waits until this node sees what another rank has written before the last barrier.
+
+    Raises:
+        UserError: it does not within SEEN_WITHIN_S; mostly the ranks' disks are not one.
+    """
+    end = time.monotonic() + SEEN_WITHIN_S
+    while not path.exists():
+        if time.monotonic() > end:
+            raise UserError(
+                f"{path} was written by another rank, and {_node()} has not seen it for "
+                f"{SEEN_WITHIN_S:g} s; give a --run_dir on a disk that all nodes share"
+            )
+        time.sleep(LOOK_EVERY_S)
+
+
+def _node() -> str:
+    """Returns this node's name, as SLURM calls it if it is there."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
+
+
 def leave_together(is_leaving: Callable[[], bool]) -> None:
     """Waits for the others before this process ends: rank 0's end is the end of the store.
 
@@ -54,24 +109,28 @@ def leave_together(is_leaving: Callable[[], bool]) -> None:
         dist.barrier()
 
 
-def barrier(is_leaving: Callable[[], bool]) -> None:
+def barrier(is_leaving: Callable[[], bool], written: Path | None = None) -> None:
     """Waits for the other ranks, if there are any.
 
     Args:
         is_leaving: as for `any_rank`.
+        written: a file of another rank's that must be seen here too, see `wait_for_file`.
 
     Raises:
         LostRank: as `any_rank`.
+        UserError: as `wait_for_file`.
     """
     any_rank(False, is_leaving)
+    if written is not None:
+        wait_for_file(written)
 
 
 def any_rank(is_so: bool, is_leaving: Callable[[], bool]) -> bool:
     """Returns on every rank whether it is so on one of them; each waits for the others.
 
     A collective would end in a time-out (10 minutes with NCCL) while one rank still draws its last
-    part or selects. A rank that has died is the launcher's business: torchrun and srun end the
-    others, see scripts/launch.sbatch.
+    part or selects. A rank that has died is the launcher's business: torchrun and srun send the
+    others SIGTERM, see scripts/launch.sbatch.
 
     Args:
         is_so: this rank's answer.
@@ -84,7 +143,8 @@ def any_rank(is_so: bool, is_leaving: Callable[[], bool]) -> bool:
     store = group_store()
     if store is None:
         return is_so
-    num_ranks = dist.get_world_size()
+    rank, num_ranks = rank_and_count()
+    store.set(f"restem/node/{rank}", _node())
     meeting = (store.add("restem/arrivals", 1) - 1) // num_ranks
     store.add(f"restem/votes/{meeting}", int(is_so))
     here = f"restem/here/{meeting}"

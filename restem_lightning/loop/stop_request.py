@@ -8,11 +8,14 @@ from types import FrameType
 from typing import Any
 
 from restem_lightning.errors import UserError
-from restem_lightning.loop.ranks import group_store
+from restem_lightning.loop.ranks import group_store, rank_and_count
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # EX_TEMPFAIL of sysexits.h: all is saved and the same command goes on; launch.sbatch requeues.
 STOPPED_STATUS = 75
+# Of a rank that only follows another one. srun reports the highest status, so this one never hides
+# why the other has ended; above all it does not have the job requeued.
+LEFT_STATUS = 1
 STORE_KEY = "restem/stop"
 ASK_EVERY_S = 1.0
 
@@ -60,9 +63,14 @@ class StopRequest:
                 self._before.setdefault(number, before)
 
     def uninstall(self) -> None:
-        """Gives the signals back."""
+        """Gives the signals back; a rank among several ends now, deaf to what launchers send.
+
+        srun sends SIGTERM to the others when the first has ended, and a rank that dies of it would
+        hide the status of a stopped run.
+        """
+        _, num_ranks = rank_and_count()
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if num_ranks > 1 else handler)
 
     def _handle(self, signum: int, _: FrameType | None) -> None:
         """Sets the flag; raises before the first boundary, or when Ctrl-C is pressed twice."""

@@ -9,7 +9,7 @@ import os
 import secrets
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,7 +189,10 @@ class Tracker:
             self._mirror.close(self._params.wandb_timeout_s)
             with warned("closing the run"):
                 self._wandb_run.finish(exit_code=int(kind is not None))
-                self._wandb.teardown()  # offline, `finish` of 0.31 returns before all is on disk
+            # Offline, `finish` of 0.31 returns before all is on disk. Where SIGTERM has ended W&B's
+            # process too (SLURM sends it to all), this keeps a stack trace from the end of ours.
+            with suppress(OSError):
+                self._wandb.teardown()
 
     def _put(self, key: str, values: dict[str, float]) -> None:
         """Journals an entry and hands it to the thread; an entry that is journaled stays out."""

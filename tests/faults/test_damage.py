@@ -4,7 +4,10 @@ import json
 import resource
 import shutil
 import socket
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from restem_lightning.m_step.checkpoints import is_whole, write_error
 from restem_lightning.run_dir import RunDir, read_json
 from tests.faults.conftest import SETTINGS, do_before
 
+ROOT = Path(__file__).parents[2]
 DYING = "tests.faults.dying_verifier.DyingVerifier"
 
 
@@ -146,6 +150,31 @@ def test_w_and_b_out_of_reach_is_said_and_the_run_goes_on(
     assert len(lines) == 1
     assert "goes on offline" in lines[0]
     assert outcome(run, 1) == outcome(whole, 1)
+
+
+def test_w_and_bs_process_ended_by_the_sigterm_of_a_whole_job_is_said_without_a_stack_trace(
+    tmp_path,
+):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from restem_lightning.loop.tracking import Tracker, TrackingParams\n"
+        "from restem_lightning.run_dir import open_run\n"
+        "from restem_lightning.settings import EMBEDDED_POLICY\n"
+        "params = TrackingParams(wandb_project='t', wandb_mode='offline')\n"
+        "run = open_run(sys.argv[1], {'seed': 0})\n"
+        "with Tracker(params, run, {}, base=str(EMBEDDED_POLICY)):\n"
+        "    children = Path(f'/proc/{os.getpid()}/task/{os.getpid()}/children')\n"
+        "    (core,) = children.read_text().split()\n"
+        "    os.kill(int(core), signal.SIGTERM)\n"
+        "    os.waitid(os.P_PID, int(core), os.WEXITED | os.WNOWAIT)\n"
+    )
+    words = [sys.executable, program, tmp_path / "run"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0
+    assert "W&B: closing the run failed" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_verifier_worker_that_dies_costs_one_verdict(restem, fit_words, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -18,10 +19,10 @@ FSDP = {
 }
 
 
-def launch(words):
+def launch(words, program=("-m", "restem_lightning")):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "restem_lightning", *words],
+        [sys.executable, *launcher, *program, *words],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
@@ -36,6 +37,46 @@ def kill_last_rank(launched):
     ranks = [c for c in children if b"fit" in Path(f"/proc/{c}/cmdline").read_bytes().split(b"\0")]
     assert len(ranks) == 2
     os.kill(int(ranks[-1]), signal.SIGKILL)
+
+
+def test_rank_zero_lost_while_the_report_is_written_is_said_by_another(begun, fit_words, tmp_path):
+    run = begun(tmp_path, "m_step")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal, sys\n"
+        "from restem_lightning.cli import main\n"
+        "from restem_lightning.fit import run\n"
+        "run.write_report = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "main(sys.argv[1:])\n"
+    )
+    changes = {"trainer.strategy": json.dumps(FSDP), "trainer.devices": 2}
+    launched = launch(fit_words(run.path, **SETTINGS, **changes), (str(program),))
+    err = launched.communicate(timeout=120)[1]
+    assert launched.returncode != 0
+    (line,) = [line for line in err.splitlines() if line.startswith("restem fit: rank")]
+    assert f"rank 0 (node {platform.node()}) was lost; {run.path} keeps 1 finished" in line
+
+
+def test_disks_that_ranks_do_not_share_are_refused_before_anything_is_drawn(fit_words, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\n"
+        "from restem_lightning.cli import main\n"
+        "from restem_lightning.loop import ranks\n"
+        "ranks.SEEN_WITHIN_S = 1.0\n"
+        f"folder = '{tmp_path}/' + os.environ['RANK']\n"
+        "os.mkdir(folder)\n"
+        "os.chdir(folder)\n"
+        "main(sys.argv[1:])\n"
+    )
+    changes = {"trainer.strategy": json.dumps(FSDP), "trainer.devices": 2}
+    launched = launch(fit_words(Path("run"), **SETTINGS, **changes), (str(program),))
+    err = launched.communicate(timeout=120)[1]
+    assert launched.returncode != 0
+    (line,) = [line for line in err.splitlines() if line.startswith("restem fit: error")]
+    assert "run/run.json was written by another rank" in line
+    assert "a disk that all nodes share" in line
+    assert not list(tmp_path.rglob("part-*.json"))
 
 
 def test_a_killed_rank_is_said_in_one_line_and_the_same_command_goes_on(whole, fit_words, tmp_path):
@@ -55,7 +96,8 @@ def test_a_killed_rank_is_said_in_one_line_and_the_same_command_goes_on(whole, f
         err = launched.communicate(timeout=120)[1]
         assert launched.returncode != 0
         # What torchrun itself says of it comes besides.
-        (line,) = [line for line in err.splitlines() if line.startswith("restem fit: another")]
+        (line,) = [line for line in err.splitlines() if line.startswith("restem fit: ")]
+        assert f"rank 1 (node {platform.node()}) was lost" in line
         assert kept in line
         assert "go on with: restem fit" in line
         assert "[rank0]" not in err  # torch's mark of a stack trace

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,17 @@ class Job:
         """A field of `scontrol show job`."""
         fields = self.call("scontrol", "show", "job", self.number).split()
         return next(field for field in fields if field.startswith(f"{name}=")).split("=")[1]
+
+    def process_of(self, rank: int) -> int:
+        """The process of a rank; those of its verifiers came later."""
+        words = {f"SLURM_JOB_ID={self.number}", f"SLURM_PROCID={rank}", "SLURM_STEP_ID=0"}
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                is_of_it = words <= set((folder / "environ").read_text().split("\0"))
+                if is_of_it and b"fit" in (folder / "cmdline").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+        return min(found)
 
     def wait(self, is_reached: Callable[[], bool], timeout_s: float = 150.0) -> None:
         """Waits for something; fails if the job ends before."""

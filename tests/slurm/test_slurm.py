@@ -1,6 +1,8 @@
 """launch.sbatch on a real SLURM of two nodes: a run that is preempted ends like one that is not."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -61,10 +63,10 @@ def test_a_job_preempted_in_each_stage_ends_like_one_that_was_not(
     tracked = {"tracking.wandb_project": "tests", "tracking.wandb_mode": "offline"}
     job = submit(words(run.path, **tracked), tmp_path / "log")
     stages = ((in_e_step, "USR1"), (in_m_step, "TERM"), (in_export, "USR1"))
-    for number, (stage, signal) in enumerate(stages, start=1):
+    for number, (stage, name) in enumerate(stages, start=1):
         job.wait(lambda stage=stage: stage(run))
         assert not run.iteration(1).manifest.exists()
-        job.call("scancel", "--signal", signal, job.number)
+        job.call("scancel", "--signal", name, job.number)
         job.wait(lambda number=number: job.field("Restarts") == str(number))
     assert job.wait_for_end() == "COMPLETED", job.told()
     assert job.field("Restarts") == "3"
@@ -111,16 +113,23 @@ def test_a_cancelled_job_is_not_requeued_and_goes_on_when_submitted_again(
 
 
 @pytest.mark.slow
-def test_the_other_rank_of_a_killed_one_is_ended_and_the_run_can_go_on(
+def test_a_killed_rank_is_named_with_its_node_and_the_run_can_go_on(
     submit, words, whole, outcome, tmp_path
 ):
     run = RunDir(tmp_path / "run")
-    killer = {"class_path": "tests.loop.signaller.Signaller"}
-    killer["init_args"] = {"sent": str(tmp_path / "sent"), "moment": "on_train_batch_start"}
-    killer["init_args"] |= {"optimizer_step": 5, "signum": "SIGKILL"}
-    words = words(run.path, **{"trainer.callbacks": json.dumps([killer])})
-    job = submit(words, tmp_path / "log")
-    assert job.wait_for_end() == "FAILED", job.told()
-    again = submit(words, tmp_path / "log")
+    for stage, rank, kept in ((in_e_step, 1, "E-step"), (in_m_step, 0, "M-step")):
+        log = tmp_path / f"log-{rank}"
+        job = submit(words(run.path), log)
+        job.wait(lambda stage=stage: stage(run))
+        os.kill(job.process_of(rank), signal.SIGKILL)
+        assert job.wait_for_end() == "FAILED", job.told()
+        assert job.field("Restarts") == "0"
+        (line,) = [line for line in log.read_text().splitlines() if "was lost" in line][:1]
+        node = "127.0.0.1" if rank == 0 else "n2"  # with rank 0 the store of their names is lost
+        assert line.startswith(f"restem fit: rank {rank} (node {node}) was lost"), job.told()
+        assert f"the {kept} of iteration 1" in line
+        assert "go on with: restem fit" in line
+        assert "launch.sbatch: a rank was lost" in job.told()
+    again = submit(words(run.path), tmp_path / "log")
     assert again.wait_for_end() == "COMPLETED", again.told()
     assert outcome(run, 1) == outcome(whole, 1)
