@@ -10,6 +10,7 @@ from jsonargparse import ActionYesNo, ArgumentParser
 
 from restem_lightning.errors import UserError
 from restem_lightning.problems import read_problems
+from restem_lightning.unknown_options import likely_meant
 
 
 def sample(words: list[str]) -> None:
@@ -39,6 +40,7 @@ def sample(words: list[str]) -> None:
         return
     parser = _sampling_parser(
         "sample",
+        "--policy DIR --problems P.jsonl --output DIR",
         "Draws and verifies completions of a policy: the E-step alone. Resumable. With --replay "
         "ADDRESS it draws one stored completion again: see `restem sample --replay --help`.",
     )
@@ -104,7 +106,9 @@ def _replay(words: list[str]) -> None:
     from restem_lightning.settings import quiet_libraries
 
     quiet_libraries()
-    parser = _parser("sample", "Draws one stored completion again, alone, and compares.")
+    parser = _parser(
+        "sample", "--replay ADDRESS", "Draws one stored completion again, alone, and compares."
+    )
     parser.add_argument("--replay", type=str, required=True, help=f"{ADDRESS_HELP}.")
     parser.add_argument(
         "--policy",
@@ -147,7 +151,11 @@ def verify(words: list[str]) -> None:
     from restem_lightning.settings import VERIFIER_HELP, verifier_setting, verifier_spec
     from restem_lightning.verifiers import verify_file
 
-    parser = _parser("verify", "Judges given completions: one output line for each input line.")
+    parser = _parser(
+        "verify",
+        "--verifier math --input X.jsonl --output Y.jsonl",
+        "Judges given completions: one output line for each input line.",
+    )
     parser.add_argument("--verifier", type=verifier_setting, required=True, help=VERIFIER_HELP)
     parser.add_argument(
         "--input",
@@ -179,7 +187,11 @@ def evaluate(words: list[str]) -> None:
     from restem_lightning.loop.evaluate import EvaluationParams, draw_evaluation, measure
     from restem_lightning.run_dir import write_json
 
-    parser = _sampling_parser("evaluate", "Measures a policy on problems.")
+    parser = _sampling_parser(
+        "evaluate",
+        "--policy DIR --problems P.jsonl --n 16 --k 1,4,16",
+        "Measures a policy on problems: greedy pass@1, pass@k and maj@k with 95 % intervals.",
+    )
     parser.add_argument(
         "--output",
         type=str | None,
@@ -195,7 +207,8 @@ def evaluate(words: list[str]) -> None:
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="Of the n completions.")
     parser.add_argument("--top_p", type=float, default=0.95, help="Of the n completions.")
-    config = parser.parse_args(words)
+    with likely_meant(parser):
+        config = parser.parse_args(words)
     made = parser.instantiate_classes(config)
     if not all(k.strip().isdecimal() for k in made.k.split(",")):
         raise UserError(f"k ({made.k}) must be whole numbers separated by commas, e.g. 1,4,16")
@@ -238,7 +251,9 @@ def report(words: list[str]) -> None:
     """
     from restem_lightning.report.html import collect_metrics, iteration_table, write_report
 
-    parser = _parser("report", "Writes one self-contained HTML file about runs.")
+    parser = _parser(
+        "report", "RUN_DIR [RUN_DIR ...]", "Writes one self-contained HTML file about runs."
+    )
     parser.add_argument("run_dirs", nargs="+", type=str, help="Run folders.")
     parser.add_argument(
         "--output",
@@ -265,7 +280,9 @@ def doctor(words: list[str]) -> None:
     """
     from restem_lightning.doctor import as_json, examine, exit_status, shown
 
-    parser = _parser("doctor", "Tries out what runs need on this machine; each with the remedy.")
+    parser = _parser(
+        "doctor", "", "Tries out what runs need on this machine; each with the remedy."
+    )
     parser.add_argument("--folder", type=str, default="runs", help="Where runs are to be written.")
     parser.add_argument("--json", action="store_true", help="Print the findings as JSON instead.")
     made = _parse(parser, words)
@@ -278,17 +295,22 @@ def _warn(text: str) -> None:
     print(f"restem: {text}", file=sys.stderr)
 
 
-def _parser(verb: str, description: str) -> ArgumentParser:
-    parser = ArgumentParser(prog=f"restem {verb}", description=description, exit_on_error=False)
+def _parser(verb: str, words: str, description: str) -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=f"restem {verb}",
+        usage=" ".join(["restem", verb, *words.split(), "[--OPTION VALUE ...]"]),
+        description=description,
+        exit_on_error=False,
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of these options.")
     return parser
 
 
-def _sampling_parser(verb: str, description: str) -> ArgumentParser:
+def _sampling_parser(verb: str, words: str, description: str) -> ArgumentParser:
     from restem_lightning.settings import add_policy_settings, quiet_libraries
 
     quiet_libraries()
-    parser = _parser(verb, description)
+    parser = _parser(verb, words, description)
     add_policy_settings(parser)
     parser.add_argument("--problems", type=str, required=True, help="JSONL file of problems.")
     parser.add_argument("--seed", type=int, default=0, help="Part of the draws' address.")
@@ -296,7 +318,8 @@ def _sampling_parser(verb: str, description: str) -> ArgumentParser:
 
 
 def _parse(parser: ArgumentParser, words: list[str]) -> Any:
-    return parser.instantiate_classes(parser.parse_args(words))
+    with likely_meant(parser):
+        return parser.instantiate_classes(parser.parse_args(words))
 
 
 def _stage(made: Any, verifiers: Any, iteration: int) -> Any:

@@ -1,6 +1,8 @@
 """The run folder: its paths, atomic writes, the settings it was begun with, where to resume."""
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -8,7 +10,6 @@ import platform
 import secrets
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -55,7 +56,34 @@ class RunDir:
         """
         self.path = Path(path)
         self.run_json = self.path / "run.json"
+        self.lock = self.path / ".lock"
         self.report = self.path / "report.html"
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other processes out of the folder until the block or this process ends.
+
+        Rank 0 alone takes the lock. Where the file system has no locks, there is none.
+
+        Raises:
+            UserError: another process has it, or the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = self.lock.open("w")
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"run_dir ({self.path}) must be free, and another process works in it; wait "
+                    "for its end or stop it, or give another --run_dir"
+                ) from None
+            except OSError:
+                pass
+            yield
 
     def iteration(self, iteration: int) -> IterationDir:
         """Returns the paths of an iteration; 0 is the base model, measured but not trained."""
@@ -121,10 +149,7 @@ def open_run(
             }
         write_json(run.run_json, record)
     except OSError as error:
-        raise UserError(
-            f"run_dir ({run.path}) must be a folder that can be written: {error.strerror}; mend "
-            "its permissions or free disk space, or give another --run_dir"
-        ) from error
+        raise _unwritable(run.path, error) from error
     return run
 
 
@@ -165,7 +190,7 @@ def settings_hash(settings: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path to write to, which becomes `path` if the block ends well.
 
@@ -220,6 +245,13 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"run_dir ({path}) must be a folder that can be written: {error.strerror}; mend its "
+        "permissions or free disk space, or give another --run_dir"
+    )
 
 
 def _as_json(settings: dict[str, Any]) -> dict[str, Any]:

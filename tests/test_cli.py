@@ -11,7 +11,7 @@ from restem_lightning import __version__
 from restem_lightning.cli import VERBS
 from restem_lightning.completions import CompletionStore
 from restem_lightning.problems import WordProblems, write_problems
-from restem_lightning.run_dir import read_json
+from restem_lightning.run_dir import RunDir, read_json
 from restem_lightning.settings import EMBEDDED_POLICY
 
 JSONL = "restem_lightning.problems.JsonlProblems"
@@ -83,6 +83,13 @@ def options_of(help_text):
         else:
             name = None
     return options
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_begins_with_a_command_in_one_line_and_what_it_does(verb, restem):
+    usage, blank, description = restem(verb, "--help").out.splitlines()[:3]
+    assert usage.startswith(f"usage: restem {verb} ")
+    assert (blank, len(usage) <= 100, len(description.split()) > 4) == ("", True, True)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -247,6 +254,9 @@ def check_line(result, named, verb="fit"):
     [
         (["fit", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
         (["fit", "--policy", "embedded"], ["problems.train", "required"]),
+        (["fit", "--smapling.n", "4"], ["--smapling.n", "did you mean sampling.n?"]),
+        (["verify", "--wrokers", "4"], ["--wrokers", "did you mean workers?"]),
+        (["report", "--qqqqqqqqq", "4"], ["--qqqqqqqqq", "`restem report --help`"]),
         (["evaluate", "--problems", "x", "--k", "one"], ["k (one)"]),
         (["evaluate", "--problems", "x", "--n", "2", "--k", "4"], ["[4]", "n (2)"]),
         (["evaluate", "--problems", "nowhere.jsonl"], ["nowhere.jsonl"]),
@@ -288,6 +298,19 @@ def test_a_run_dir_that_cannot_be_written_is_one_line(restem, fit_words, tmp_pat
     (tmp_path / "file").write_text("")
     result = restem(*fit_words(tmp_path / "file" / "run"))
     check_line(result, ["run_dir", str(tmp_path / "file" / "run")])
+
+
+@pytest.mark.parametrize("text", ["trainer: {max_epohcs: 2}", "{trainer.max_epohcs: 2}"])
+def test_a_misspelled_key_is_answered_with_the_likely_one(text, restem, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    check_line(restem("fit", "--config", path), ["max_epohcs", "did you mean trainer.max_epochs?"])
+
+
+def test_a_run_dir_that_another_process_works_in_is_one_line(restem, fit_words, tmp_path):
+    with RunDir(tmp_path / "run").held():
+        check_line(restem(*fit_words(tmp_path / "run")), ["run", "another process"])
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_an_empty_accepted_dataset_is_one_line_and_stays_one(

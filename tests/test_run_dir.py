@@ -106,6 +106,23 @@ def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):
         open_run(tmp_path / "file" / "run", SETTINGS)
 
 
+def test_one_process_at_a_time_works_in_a_folder(tmp_path):
+    with (
+        RunDir(tmp_path / "run").held(),
+        pytest.raises(UserError, match="another process"),
+        RunDir(tmp_path / "run").held(),
+    ):
+        pass
+    with RunDir(tmp_path / "run").held():
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_not_held(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"file.*--run_dir"), RunDir(tmp_path / "file").held():
+        pass
+
+
 def test_a_damaged_run_json_is_a_user_error(tmp_path):
     (tmp_path / "run.json").write_text('{"settings": ')
     with pytest.raises(UserError, match=r"run\.json must be JSON"):

@@ -23,6 +23,7 @@ from restem_lightning.compare.table import (
 from restem_lightning.errors import UserError
 from restem_lightning.report import write_table
 from restem_lightning.run_dir import write_json
+from restem_lightning.unknown_options import likely_meant
 
 
 def compare(words: list[str]) -> None:
@@ -31,7 +32,9 @@ def compare(words: list[str]) -> None:
     Raises:
         UserError: for a user's mistake.
     """
-    made = _parser().instantiate_classes(_parser().parse_args(words))
+    parser = _parser()
+    with likely_meant(parser):
+        made = parser.instantiate_classes(parser.parse_args(words))
     if made.control not in made.arms:
         raise UserError(f"control ({made.control}) must be one of {', '.join(made.arms)}")
     if BASE in made.arms:
@@ -77,6 +80,7 @@ def compare(words: list[str]) -> None:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="restem compare",
+        usage="restem compare --config A.yaml [--OPTION VALUE ...]",
         description="Runs arms (methods, controls, choices of settings) over seeds and prints one "
         "table with 95 % intervals and paired tests. Resumable: finished runs are skipped. Arms "
         "that would draw the same samples share them.",

@@ -23,10 +23,8 @@ from restem_lightning.problems import ProblemSource
 from restem_lightning.prompts import PromptTemplate
 from restem_lightning.scoring import ScoringParams
 from restem_lightning.selection import SelectionParams
-from restem_lightning.settings import (
-    add_policy_settings,
-    quiet_libraries,
-)
+from restem_lightning.settings import add_policy_settings, quiet_libraries
+from restem_lightning.unknown_options import likely_meant
 
 DESCRIPTIONS = {
     "fit": "Runs ReST^EM; the same command resumes an unfinished run.",
@@ -134,7 +132,8 @@ class ReSTEMCLI(LightningCLI):
 
     def parse_arguments(self, parser, args) -> None:
         """Parses, and hands `problems.task` to the sources that wait for it."""
-        super().parse_arguments(parser, args)
+        with likely_meant(parser):
+            super().parse_arguments(parser, args)
         problems = self.config.problems
         for source in (problems.train, problems.validation, *problems.held_out.values()):
             made = source.init_args if source is not None and "init_args" in source else {}
@@ -213,6 +212,7 @@ def make_cli(
         seed_everything_default=0,
         parser_kwargs={
             "prog": f"restem {verb}",
+            "usage": f"restem {verb} --config A.yaml [--config B.yaml ...] [--OPTION VALUE ...]",
             "description": DESCRIPTIONS[verb],
             "exit_on_error": False,
         },

@@ -159,12 +159,13 @@ def _run(cli: ReSTEMCLI, run: RunDir, stop: StopRequest) -> None:
     settings = cli.settings()
     with open_verifiers(config.verifier, made.verification) as verifiers:
         problems = load_problems(made, verifiers)
-        if rank_zero_only.rank == 0:  # last: a mistake must not bind the folder to its settings
-            open_run(run.path, settings, free=FREE_ON_RESUME)
-        if rank_zero_only.rank == 0 and run.resume_iteration() <= config.iterations:
-            print(_outline(config, made, problems))
         questions = {problem.problem_id: problem.question for problem in problems["train"]}
-        with Tracker(made.tracking, run, settings, base=base, questions=questions) as tracker:
+        with (
+            _opened(run, settings),  # last: a mistake must not bind the folder to its settings
+            Tracker(made.tracking, run, settings, base=base, questions=questions) as tracker,
+        ):
+            if rank_zero_only.rank == 0 and run.resume_iteration() <= config.iterations:
+                print(_outline(config, made, problems))
 
             def loop_of(iteration: int) -> Loop:
                 return make_loop(
@@ -189,6 +190,17 @@ def _run(cli: ReSTEMCLI, run: RunDir, stop: StopRequest) -> None:
         last = run.iteration(run.finished_iterations()[-1])
         print(f"\n{iteration_table(run.path)}\n\nreport  {run.report}\npolicy  {last.policy}")
     leave_together(stop.is_leaving)
+
+
+@contextmanager
+def _opened(run: RunDir, settings: dict[str, Any]) -> Iterator[None]:
+    """Begins or resumes the run on rank 0, and keeps other processes out of its folder."""
+    if rank_zero_only.rank != 0:
+        yield
+        return
+    with run.held():
+        open_run(run.path, settings, free=FREE_ON_RESUME)
+        yield
 
 
 def _outline(config: Any, made: Any, problems: dict[str, list[Problem]]) -> str:

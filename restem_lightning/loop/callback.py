@@ -98,6 +98,8 @@ class ReSTEMCallback(Callback):
         pl_module.model = None
         release_memory()
         self._note_memory(self.iteration, "m_step")
+        if trainer.progress_bar_callback is not None:  # first: a live display would show each state
+            trainer.progress_bar_callback.teardown(trainer, pl_module, stage)  # of ours as a line
         self._measure(self.iteration, str(self.paths.policy))
 
     def on_save_checkpoint(

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from restem_lightning.errors import UserError
 from restem_lightning.m_step.checkpoints import is_whole
 from restem_lightning.m_step.weights import policy_weights, whole
+from restem_lightning.run_dir import read_json
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -126,7 +127,7 @@ def check_policy_folder(path: str | Path) -> None:
     """Checks that a folder has all that sampling and training need.
 
     Raises:
-        UserError: if weights, config, tokenizer or EOS token are missing.
+        UserError: if weights, config, tokenizer or EOS token are missing or damaged.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -136,14 +137,19 @@ def check_policy_folder(path: str | Path) -> None:
         raise UserError(f"policy ({path}) must have a config.json; {remedy}")
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"policy ({path}) must have *.safetensors weights; {remedy}")
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="pt"):  # compares its length with its header
+                pass
+        except SafetensorError as error:
+            raise UserError(
+                f"policy ({path}) has a damaged {file.name} ({error}); copy or download it anew"
+            ) from error
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(f"policy ({path}) must have a tokenizer, e.g. tokenizer.json; {remedy}")
-    settings = [folder / "generation_config.json", folder / "config.json"]
-    if not any(
-        json.loads(file.read_text()).get("eos_token_id") is not None
-        for file in settings
-        if file.is_file()
-    ):
+    names = ("config.json", "generation_config.json")
+    settings = [read_json(folder / name) for name in names if (folder / name).is_file()]
+    if all(each.get("eos_token_id") is None for each in settings):
         raise UserError(
             f"policy ({path}) must have an EOS token, or completions never end; set eos_token_id in"
             " generation_config.json"

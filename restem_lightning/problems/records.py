@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -174,6 +175,15 @@ def open_file(path: Path, mode: str) -> IO[bytes]:
     return gzip.open(path, mode) if path.suffix == ".gz" else path.open(mode)
 
 
+def read_lines(path: Path) -> Iterator[bytes]:
+    """Yields the lines of a plain or compressed file; UserError if its compression is damaged."""
+    with open_file(path, "rb") as file:
+        try:
+            yield from file
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{path} is no whole .gz file ({error}); copy it anew") from error
+
+
 def take_slice(problems: list[Problem], offset: int, num: int | None, path: str) -> list[Problem]:
     """Returns num problems from an offset on, all that are left if num is None."""
     end = len(problems) if num is None else offset + num
@@ -195,17 +205,17 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (line number, object) of a JSONL file; UserError if it is missing or damaged."""
     if not path.is_file():
         raise UserError(f"{path} is not a file; give the path of a .jsonl or .jsonl.gz file")
-    with open_file(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                raise UserError(f"{path} line {number} is not a JSON object: {line[:60]!r}")
-            yield number, row
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            shown = line[:60].decode(errors="backslashreplace").rstrip()
+            raise UserError(f"{path} line {number} is not a JSON object: {shown}")
+        yield number, row
 
 
 def rows_of(

@@ -229,11 +229,13 @@ class Scheduler:
         limits = self.limits
         total = len(request.prompt_ids) + limits.max_new_tokens
         if total > limits.context:
+            most = limits.context - len(request.prompt_ids)
+            remedy = f"lower it to {most} or leave" if most > 0 else "leave"
             raise UserError(
                 f"sampling.max_new_tokens ({limits.max_new_tokens}) and the "
                 f"{len(request.prompt_ids)} prompt tokens of {request.request_id} are {total} "
-                f"tokens, more than the {limits.context} that this model takes; lower it to "
-                f"{limits.context - len(request.prompt_ids)} or leave the problem out"
+                f"tokens, more than the {limits.context} that this model takes; {remedy} the "
+                "problem out"
             )
 
     def _make_room(self, request: Request, shared: tuple[int, ...], rest: tuple[int, ...]) -> bool:

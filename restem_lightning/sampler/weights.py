@@ -22,7 +22,7 @@ def load_module(policy: str | Path, *, device: torch.device, dtype: torch.dtype)
         dtype: of the weights.
 
     Raises:
-        UserError: if the model's attention cannot be replaced by ours.
+        UserError: if the model's attention cannot be replaced by ours, or weights are missing.
     """
     config = AutoConfig.from_pretrained(policy)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
@@ -38,9 +38,14 @@ def load_module(policy: str | Path, *, device: torch.device, dtype: torch.dtype)
             f"the sampler does not support {config.model_type} ({policy}): {reason}; "
             "choose a decoder-only model such as Llama, Qwen, Mistral or Gemma"
         )
-    module = AutoModelForCausalLM.from_pretrained(
-        policy, dtype=dtype, attn_implementation=ATTENTION_NAME
+    module, loaded = AutoModelForCausalLM.from_pretrained(
+        policy, dtype=dtype, attn_implementation=ATTENTION_NAME, output_loading_info=True
     )
+    if missing := sorted(loaded["missing_keys"]):  # transformers makes them up
+        raise UserError(
+            f"policy ({policy}) must have all weights of its config.json; it lacks {missing[0]}"
+            f"{f' and {len(missing) - 1} more' if missing[1:] else ''}; copy or download it anew"
+        )
     return module.to(device).eval()
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,6 +104,10 @@ class VerifierSpec:
             raise UserError(
                 f"{self.class_path} refuses init_args {self.init_args}: {error}"
             ) from error
+        except UserError:
+            raise
+        except Exception as error:  # whatever the user's own class raises
+            raise _unloadable(self.class_path, error) from error
         needed = ("name", "version", "verify", "reference_completion")
         if missing := [name for name in needed if not hasattr(verifier, name)]:
             raise UserError(
@@ -156,6 +161,8 @@ def load_object(path: str) -> Any:
             raise UserError(
                 f"cannot import {path!r} ({error}); give package.module.name or path/file.py:name"
             ) from error
+        except Exception as error:  # whatever the user's own module raises
+            raise _unloadable(path, error) from error
     if not hasattr(module, name):
         raise UserError(f"{path!r}: the module has no {name!r}")
     return getattr(module, name)
@@ -168,5 +175,14 @@ def _load_file(file: Path, path: str) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's own file raises
+        raise _unloadable(path, error) from error
     return module
+
+
+def _unloadable(path: str, error: Exception) -> UserError:
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = "" if isinstance(error, SyntaxError) else f" in {place.filename} line {place.lineno}"
+    return UserError(f"{path!r} cannot be loaded ({type(error).__name__}{where}: {error}); mend it")

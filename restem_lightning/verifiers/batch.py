@@ -10,7 +10,7 @@ from restem_lightning.completions import Verdict, VerdictKind
 from restem_lightning.errors import UserError
 from restem_lightning.problems import Problem
 from restem_lightning.problems.code import RAW_KEYS, code_fields
-from restem_lightning.problems.records import open_file, problem_from_fields
+from restem_lightning.problems.records import open_file, problem_from_fields, read_lines
 from restem_lightning.verifiers.base import VerifierSpec
 from restem_lightning.verifiers.pool import VerifierPool
 
@@ -87,10 +87,9 @@ def verify_file(
     try:
         with (
             VerifierPool(spec, num_workers=num_workers, deadline_s=deadline_s) as pool,
-            open_file(source, "rb") as lines,
             open_file(part, "wb") as file,
         ):
-            for row in _verdict_rows(pool, lines):
+            for row in _verdict_rows(pool, read_lines(source)):
                 counts[row["verdict"]] += 1
                 file.write(json.dumps(row).encode() + b"\n")
         part.replace(target)
@@ -99,7 +98,7 @@ def verify_file(
     return counts
 
 
-def _verdict_rows(pool: VerifierPool, lines: Any) -> Iterator[dict[str, Any]]:
+def _verdict_rows(pool: VerifierPool, lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
     """Yields the output rows in input order, with a bounded number of lines under way."""
     heads: dict[int, dict[str, Any]] = {}
     verdicts: dict[int, Verdict] = {}

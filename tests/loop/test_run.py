@@ -1,8 +1,16 @@
 """A finished run of two iterations: what lies in its folder and whether it is true."""
 
+import contextlib
 import csv
+import fcntl
 import json
+import os
+import pty
 import re
+import struct
+import subprocess
+import sys
+import termios
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -243,6 +251,26 @@ def test_no_library_chatter_reaches_the_screen(quiet):
     assert lines[3].startswith("iteration 1: held_out greedy_pass@1 ")
     assert lines[4].split()[:2] == ["iteration", "greedy"]
     assert [line.split()[0] for line in lines[5:]] == ["0", "1", "report", "policy"]
+
+
+def test_on_a_terminal_each_set_is_one_bar_behind_the_m_step_too(fit_words, tmp_path):
+    words = fit_words(tmp_path / "run", **{"trainer.enable_progress_bar": True})
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))
+    command = [sys.executable, "-m", "restem_lightning", *words]
+    with subprocess.Popen(
+        command, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm"}
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # how the terminal of an ended process reads
+            while part := os.read(ours, 65536):
+                shown += part
+    os.close(ours)
+    assert process.returncode == 0
+    lines = shown.decode().split("\n")
+    bars = [line for line in lines if "held_out greedy: " in line]
+    assert len(bars) == 2, bars  # of the base model, and of ours
 
 
 def test_a_look_at_d_val_that_would_never_come_is_one_line(restem, fit_words, tmp_path):

@@ -103,6 +103,19 @@ def test_incomplete_policy_folder_is_refused(make_policy, remove, message):
         check_policy_folder(policy)
 
 
+def test_a_damaged_policy_folder_is_refused(make_policy):
+    policy = make_policy()
+    weights, config = policy / "model.safetensors", policy / "config.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=r"damaged model\.safetensors"):
+        check_policy_folder(policy)
+    weights.write_bytes(whole)
+    config.write_text("{")
+    with pytest.raises(UserError, match=r"config\.json must be JSON"):
+        check_policy_folder(policy)
+
+
 def test_policy_without_eos_or_folder_is_refused(make_policy, tmp_path):
     policy = make_policy()
     for name in ("config.json", "generation_config.json"):

@@ -86,6 +86,14 @@ def test_a_bad_line_is_refused_by_its_number(tmp_path, line, message):
         read_problems(path)
 
 
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"{}\n" * 99)[:20]])
+def test_a_damaged_compressed_file_is_the_users_mistake(tmp_path, content):
+    path = tmp_path / "problems.jsonl.gz"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"problems\.jsonl\.gz is no whole \.gz file"):
+        read_problems(path)
+
+
 def test_a_missing_file_is_the_users_mistake(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.jsonl is not a file"):
         read_problems(tmp_path / "nowhere.jsonl")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from restem_lightning.errors import UserError
@@ -115,6 +116,9 @@ def test_a_prompt_beyond_the_context_of_the_model_is_refused(
     with pytest.raises(UserError, match=message):
         draw(sampler, [request], SamplingParams(n=1, max_new_tokens=7))
     assert len(draw(sampler, [request], SamplingParams(n=1, max_new_tokens=6))) == 1
+    request = Request(request_id="longer", prompt_ids=prompt(256))
+    with pytest.raises(UserError, match="this model takes; leave the problem out"):
+        draw(sampler, [request], SamplingParams(n=1, max_new_tokens=7))
 
 
 def test_requests_are_read_as_late_as_possible(make_policy, make_sampler, prompt):
@@ -250,6 +254,17 @@ def test_missing_unknown_and_misshapen_weights_are_refused(
     change(named)
     with pytest.raises(ValueError, match=message):
         sampler.update_weights(named.items())
+
+
+def test_a_policy_that_lacks_weights_is_refused(make_policy):
+    policy = make_policy()
+    weights = load_file(policy / "model.safetensors")
+    lacking = [name for name in weights if "layers.1.mlp" in name]
+    rest = {name: weight for name, weight in weights.items() if name not in lacking}
+    save_file(rest, policy / "model.safetensors", metadata={"format": "pt"})
+    message = rf"lacks {min(lacking)} and {len(lacking) - 1} more"
+    with pytest.raises(UserError, match=message):
+        load_module(policy, device=torch.device("cpu"), dtype=torch.float32)
 
 
 def test_a_changed_weight_changes_the_checksum_and_order_does_not(make_policy, make_sampler):

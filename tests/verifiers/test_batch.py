@@ -138,6 +138,14 @@ def test_compressed_files_are_read_and_written(tmp_path):
         assert [json.loads(row)["verdict"] for row in file] == ["CORRECT"]
 
 
+def test_a_damaged_compressed_file_is_the_users_mistake(tmp_path):
+    source, target = tmp_path / "in.jsonl.gz", tmp_path / "out.jsonl"
+    source.write_bytes(gzip.compress(b"{}\n" * 99)[:20])
+    with pytest.raises(UserError, match=r"in\.jsonl\.gz is no whole \.gz file"):
+        verify_file(MATH, source, target)
+    assert not target.exists()
+
+
 def test_a_failure_leaves_an_earlier_output_as_it_was(tmp_path):
     target = tmp_path / "out.jsonl"
     target.write_text("earlier")

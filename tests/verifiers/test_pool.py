@@ -284,6 +284,21 @@ def test_a_bad_spec_is_refused_before_any_worker_starts(class_path, init_args, m
         VerifierPool(VerifierSpec(class_path=class_path, init_args=init_args))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def judge(problem, text) return True", r"SyntaxError.*own\.py, line 1"),
+        ("x = 1\nraise RuntimeError('not today')", r"RuntimeError in .*own\.py line 2: not today"),
+        ("class judge:\n def __init__(self):\n  {}[3]", r"KeyError in .*own\.py line 3: 3"),
+    ],
+)
+def test_a_file_of_the_users_that_fails_is_refused_with_its_line(tmp_path, text, message):
+    path = tmp_path / "own.py"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        VerifierPool(VerifierSpec(class_path=f"{path}:judge"))
+
+
 def test_too_little_memory_to_start_is_reported_with_the_remedy(spec, tmp_path):
     with (
         VerifierPool(VerifierSpec(class_path=f"{tmp_path / 'mine.py'}:Greedy")) as pool,
