@@ -57,7 +57,11 @@ class MBPP:
         self._num_shown = num_shown
 
     def load(self) -> list[Problem]:
-        """Returns the problems in file order, with ids such as mbpp/601 (its task_id)."""
+        """Returns the problems in file order, with ids such as mbpp/601 (its task_id).
+
+        Raises:
+            UserError: no such data set, a row that is not MBPP's, or a slice beyond its end.
+        """
         first, last = MBPP_SPLITS[self._split]
         problems = []
         for index, row in enumerate(rows_of(self._path, self._split, None, stem="mbpp")):
@@ -113,7 +117,11 @@ class HumanEval:
         self._question_format = question_format
 
     def load(self) -> list[Problem]:
-        """Returns the problems in file order, with ids such as HumanEval/17 (its task_id)."""
+        """Returns the problems in file order, with ids such as HumanEval/17 (its task_id).
+
+        Raises:
+            UserError: no such data set, a row that is not HumanEval's, or a slice beyond its end.
+        """
         problems = []
         for index, row in enumerate(rows_of(self._path, "test", None, stem="humaneval")):
             where = f"{self._path} row {index}"
@@ -166,6 +174,9 @@ class APPS:
         """Returns the problems in file order, with ids such as apps/train/17 (row 17, from 0).
 
         Rows without usable tests are dropped, and counted in a warning.
+
+        Raises:
+            UserError: no such data set, a row without a difficulty, or a slice beyond its end.
         """
         problems, dropped = [], []
         for index, row in enumerate(rows_of(self._path, self._split, None)):

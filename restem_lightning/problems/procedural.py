@@ -38,6 +38,9 @@ class ReasoningGym:
             num: how many problems, at least 1.
             split: what the problems' `split` shall say.
             config: further settings of the task, by their names there.
+
+        Raises:
+            UserError: no task is named.
         """
         if task is None:
             raise UserError("task (null) must be a reasoning-gym task; set problems.task")
@@ -48,10 +51,12 @@ class ReasoningGym:
         """Returns the problems with ids such as chain_sum/7/0 (task, seed, index).
 
         `metadata` says how to generate the entry again, and holds it if JSON keeps it unchanged.
+
+        Raises:
+            UserError: the library is missing, does not know the task or its settings, or fails.
         """
-        reasoning_gym_dataset(
-            self._task, self._seed, 1, self._config
-        )  # a user's mistake shows here
+        # A user's mistake shows here, not as a process that failed.
+        reasoning_gym_dataset(self._task, self._seed, 1, self._config)
         wanted = json.dumps([self._task, self._seed, self._num, self._split, self._config])
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         done = subprocess.run(

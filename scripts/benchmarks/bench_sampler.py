@@ -32,8 +32,9 @@ from record import record
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
-from workloads import SHAPES, free_memory, make_requests, save_random
+from workloads import SHAPES, make_requests, save_random
 
+from restem_lightning.loop.weights import release_memory
 from restem_lightning.sampler import EngineParams, Request, Sampler, SamplingParams
 from restem_lightning.sampler.generation import Generation
 
@@ -295,7 +296,7 @@ def main() -> None:
         report("Sampler", speeds, startup, speeds, allowed, settings, arguments)
         # Other engines want most of the memory.
         del ours.sampler
-        free_memory()
+        release_memory()
         for engine in arguments.engines:
             results = [
                 measure_baseline(engine, folder, ours, arguments) for _ in range(arguments.repeats)

@@ -1,12 +1,12 @@
 """Models and prompts of the sampler's benchmarks."""
 
 import argparse
-import gc
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from restem_lightning.loop.weights import release_memory
 from restem_lightning.problems import Problem
 from restem_lightning.prompts import FewShotPrompt, encode_prompt
 from restem_lightning.sampler import Request
@@ -51,14 +51,7 @@ def save_random(shape: str, folder: Path, dtype: torch.dtype) -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.save_pretrained(folder)
     del model
-    free_memory()
-
-
-def free_memory() -> None:
-    """Gives memory of dropped models back to the device."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_memory()
 
 
 def make_requests(policy: Path | None, arguments: argparse.Namespace) -> list[Request]:

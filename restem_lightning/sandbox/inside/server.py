@@ -62,7 +62,6 @@ class _Server:
     def __init__(self, control: socket.socket, level: str, user: int) -> None:
         self._control, self._level = control, level
         self._child: int | None = None
-        self._private_bytes = 0
         with contextlib.suppress(OSError):
             fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
             os.write(fd, b"1000")
