@@ -1,10 +1,11 @@
 """Pairs for a learned verifier, worked out by hand."""
 
+import numpy as np
 import pyarrow as pa
 
 from restem_lightning.completions import CompletionStore, VerdictKind
-from restem_lightning.selection import ACCEPTED_SCHEMA
-from restem_lightning.selection.pairs import preference_pairs
+from restem_lightning.selection import ACCEPTED_SCHEMA, buckets
+from restem_lightning.selection.pairs import stream_pairs
 from tests.factories import make_completion
 
 CORRECT, WRONG, NO_ANSWER, TIMEOUT, ERROR = VerdictKind
@@ -24,8 +25,15 @@ def store(folder, *completions):
     return made
 
 
-def ids_of(pairs):
-    return [(pair.correct.completion_ids, pair.incorrect.completion_ids) for pair in pairs]
+def ids_of(pieces):
+    """The completions of each pair, over all pieces."""
+    tables, numbers = zip(*pieces, strict=True)
+    rows = pa.concat_tables(tables).to_pylist()
+    assert {tuple(row["prompt_ids"]) for row in rows} == {(9,)}
+    return [
+        tuple(tuple(rows[one]["completion_ids"]) for one in pair)
+        for pair in np.concatenate(numbers).tolist()
+    ]
 
 
 def rounds(tmp_path):
@@ -43,33 +51,46 @@ def rounds(tmp_path):
     return [first, second]
 
 
+PAIRS = [((1, EOS), (2, EOS)), ((1, EOS), (8, 8)), ((7, EOS), (2, EOS)), ((7, EOS), (8, 8))]
+
+
+def human():
+    row = {"iteration": 0, "problem_id": "b", "completion_index": 0, "prompt_ids": [9],
+           "completion_ids": [4, 4], "text": "", "logprobs": [], "weight": 1.0}  # fmt: skip
+    return pa.Table.from_pylist([row], schema=ACCEPTED_SCHEMA)
+
+
 def test_each_correct_completion_of_all_rounds_meets_each_incorrect_one_once(tmp_path):
-    pairs = preference_pairs(rounds(tmp_path), eos_ids=[EOS])
-    assert ids_of(pairs) == [
-        ((1, EOS), (2, EOS)), ((1, EOS), (8, 8)), ((7, EOS), (2, EOS)), ((7, EOS), (8, 8)),
-    ]  # fmt: skip
-    assert {pair.correct.prompt_ids for pair in pairs} == {(9,)}
+    assert ids_of(stream_pairs(rounds(tmp_path), eos_ids=[EOS])) == PAIRS
 
 
 def test_a_human_solution_is_one_more_correct_completion(tmp_path):
-    human = pa.Table.from_pylist(
-        [
-            {"iteration": 0, "problem_id": "b", "completion_index": 0, "prompt_ids": [9],
-             "completion_ids": [4, 4], "text": "", "logprobs": [], "weight": 1.0}
-        ],
-        schema=ACCEPTED_SCHEMA,
-    )  # fmt: skip
-    pairs = preference_pairs(rounds(tmp_path), human=human, eos_ids=[EOS])
-    assert ids_of(pairs)[4:] == [((4, 4, EOS), (5, EOS))]
+    pairs = stream_pairs(rounds(tmp_path), human=[human()], eos_ids=[EOS])
+    assert ids_of(pairs) == [*PAIRS, ((4, 4, EOS), (5, EOS))]
+
+
+def test_pairs_of_pools_that_memory_does_not_hold_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", 40)
+    pieces = list(stream_pairs(rounds(tmp_path), human=[human()], eos_ids=[EOS]))
+    assert len(pieces) == 2
+    assert ids_of(pieces) == [*PAIRS, ((4, 4, EOS), (5, EOS))]
+
+
+def test_a_completion_of_many_pairs_is_there_once(tmp_path):
+    ((table, pairs),) = stream_pairs(rounds(tmp_path), eos_ids=[EOS])
+    assert (table.num_rows, len(pairs)) == (4, 4)
+
+
+def test_no_pair_is_no_piece(tmp_path):
+    assert list(stream_pairs(rounds(tmp_path)[:0], human=[human()])) == []
 
 
 def test_a_limit_draws_pairs_that_the_seed_alone_decides(tmp_path):
     stores = rounds(tmp_path)
-    everything = set(preference_pairs(stores, eos_ids=[EOS]))
     drawn = [
-        preference_pairs(stores, eos_ids=[EOS], max_per_problem=2, seed=seed)
+        ids_of(stream_pairs(stores, eos_ids=[EOS], max_per_problem=2, seed=seed))
         for seed in (0, 0, 1, 2, 3)
     ]
     assert drawn[0] == drawn[1]
-    assert all(len(set(pairs)) == 2 and set(pairs) < everything for pairs in drawn)
+    assert all(len(set(pairs)) == 2 and set(pairs) < set(PAIRS) for pairs in drawn)
     assert len({tuple(pairs) for pairs in drawn}) > 1

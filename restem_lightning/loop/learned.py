@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
+import pyarrow as pa
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoTokenizer
@@ -20,13 +22,20 @@ from restem_lightning.loop.stoppable import StoppableTraining, stop_if_asked
 from restem_lightning.loop.weights import release_memory
 from restem_lightning.m_step.checkpoints import remove_checkpoints
 from restem_lightning.m_step.export import export_policy
-from restem_lightning.m_step.preference import PreferenceModule, pair_loader, pair_set
+from restem_lightning.m_step.preference import (
+    PairSet,
+    PreferenceModule,
+    pair_loader,
+    read_pairs,
+    remove_pairs,
+    write_pairs,
+)
 from restem_lightning.m_step.stopping import resume_checkpoint, stop_callbacks
 from restem_lightning.metrics import best_of_k, bootstrap
 from restem_lightning.problems import Problem
 from restem_lightning.run_dir import IterationDir, RunDir, read_json, write_json
 from restem_lightning.scoring import LikelihoodScorer
-from restem_lightning.selection.pairs import Pair, preference_pairs
+from restem_lightning.selection.pairs import stream_pairs
 
 Learn = Literal["never", "last", "each"]
 
@@ -115,17 +124,17 @@ def learn_verifier(
         Stopped: that was asked for.
     """
     paths = loop.run.iteration(iteration)
-    pairs = _pairs(loop, iteration, params)
-    if not pairs:
-        raise UserError(
-            "preference: no problem has both a correct and an incorrect completion; draw more per "
-            "problem (sampling.n), or set preference.learn to never"
-        )
+    file = paths.verifier_training / "pairs"
+    if is_rank_zero():
+        write_pairs(file, _pairs(loop, iteration, params))
+    barrier(loop.stop.is_leaving)
+    data = read_pairs(file)
     if not paths.verifier.exists():
-        _train(loop, paths, params, pairs, start=start, make_trainer=make_trainer)
+        _train(loop, paths, params, data, start=start, make_trainer=make_trainer)
     if is_rank_zero():
         remove_checkpoints(paths.verifier_training)
-        _measure(loop, paths, params, start=start, num_pairs=len(pairs))
+        remove_pairs(file)
+        _measure(loop, paths, params, start=start, num_pairs=len(data.pairs))
     barrier(loop.stop.is_leaving)
 
 
@@ -147,38 +156,45 @@ def score_evaluation(
     }
 
 
-def _pairs(loop: Loop, iteration: int, params: PreferenceParams) -> list[Pair]:
-    """Returns the pairs of all pools so far; what was drawn with a hint is in none."""
+def _pairs(
+    loop: Loop, iteration: int, params: PreferenceParams
+) -> Iterator[tuple[pa.Table, np.ndarray]]:
+    """Yields the pairs of all pools so far; what was drawn with a hint is in none.
 
-    def stores() -> Iterator[CompletionStore]:
-        for number in range(1, iteration + 1):
-            folder = loop.run.iteration(number).completions
-            yield from map(CompletionStore, [folder, *sorted(folder.glob("policy_*"))])
-
-    human = None
-    if params.human:
-        tokenizer = AutoTokenizer.from_pretrained(loop.base)
-        human = human_solutions(loop.train, loop.template, tokenizer, 1.0)
-    return preference_pairs(
-        stores(),
-        human=human,
+    Raises:
+        UserError: there is none.
+    """
+    folders = [loop.run.iteration(number).completions for number in range(1, iteration + 1)]
+    tokenizer = AutoTokenizer.from_pretrained(loop.base)
+    human = human_solutions(loop.train, loop.template, tokenizer, 1.0)
+    pieces = stream_pairs(
+        [CompletionStore(pool) for one in folders for pool in (one, *sorted(one.glob("policy_*")))],
+        human=human if params.human else (),
         eos_ids=eos_ids(loop.base),
         max_per_problem=params.max_pairs_per_problem,
         seed=loop.seed,
     )
+    first = next(pieces, None)
+    if first is None:
+        raise UserError(
+            "preference: no problem has both a correct and an incorrect completion; draw more per "
+            "problem (sampling.n), or set preference.learn to never"
+        )
+    yield first
+    yield from pieces
 
 
 def _train(
     loop: Loop,
     paths: IterationDir,
     params: PreferenceParams,
-    pairs: list[Pair],
+    data: PairSet,
     *,
     start: str,
     make_trainer: Callable[..., Trainer],
 ) -> None:
     """Trains the verifier of an iteration and exports it."""
-    data, folder = pair_set(pairs), paths.verifier_training
+    folder = paths.verifier_training
     module = PreferenceModule(
         start,
         data,

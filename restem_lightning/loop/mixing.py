@@ -85,39 +85,38 @@ def mix(
         yield table.filter(seen.add(table))
     if params.human != "none":
         wanted = [one for one in problems if params.human == "all" or one.problem_id in solved]
-        for first in range(0, len(wanted), ROW_GROUP):
-            some = wanted[first : first + ROW_GROUP]
-            yield human_solutions(some, template, tokenizer, params.human_weight)
+        yield from human_solutions(wanted, template, tokenizer, params.human_weight)
 
 
 def human_solutions(
-    problems: Iterable[Problem], template: PromptTemplate, tokenizer: Any, weight: float
-) -> pa.Table:
-    """Returns the reference solutions of problems as sequences to train on.
+    problems: Sequence[Problem], template: PromptTemplate, tokenizer: Any, weight: float
+) -> Iterator[pa.Table]:
+    """Yields the reference solutions of problems as sequences to train on, piece by piece.
 
     The solution is put as the template's `render_answer(solution)` puts it, if it has that method,
     and its tokens are apart from the prompt's, as a policy would write them.
     """
     render = getattr(template, "render_answer", str)
-    rows = []
-    for problem in problems:
-        if problem.reference_solution is None:
-            continue
-        text = render(problem.reference_solution)
-        prompt_ids, completion_ids = encode_answer(template, problem, tokenizer, text)
-        rows.append(
-            {
-                "iteration": 0,
-                "problem_id": problem.problem_id,
-                "completion_index": 0,
-                "prompt_ids": prompt_ids,
-                "completion_ids": completion_ids,
-                "text": text,
-                "logprobs": [],
-                "weight": weight,
-            }
-        )
-    return pa.Table.from_pylist(rows, schema=ACCEPTED_SCHEMA)
+    for first in range(0, len(problems), ROW_GROUP):
+        rows = []
+        for problem in problems[first : first + ROW_GROUP]:
+            if problem.reference_solution is None:
+                continue
+            text = render(problem.reference_solution)
+            prompt_ids, completion_ids = encode_answer(template, problem, tokenizer, text)
+            rows.append(
+                {
+                    "iteration": 0,
+                    "problem_id": problem.problem_id,
+                    "completion_index": 0,
+                    "prompt_ids": prompt_ids,
+                    "completion_ids": completion_ids,
+                    "text": text,
+                    "logprobs": [],
+                    "weight": weight,
+                }
+            )
+        yield pa.Table.from_pylist(rows, schema=ACCEPTED_SCHEMA)
 
 
 class _Addresses:

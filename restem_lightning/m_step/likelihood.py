@@ -17,6 +17,9 @@ from restem_lightning.m_step.packing import (
     to_device,
 )
 
+# The most of `all_logprobs` that are read from their file at a time.
+HELD_SEQUENCES = 4096
+
 
 def token_logprobs(
     model: PreTrainedModel, sequences: Sequence[TrainingSequence], device: torch.device
@@ -78,11 +81,15 @@ def all_logprobs(
 
     Args:
         model: in any mode; it has no dropout.
-        sequences: in any order; those with alike prompts share a batch.
+        sequences: in any order; of neighbours, those with alike prompts share a batch.
         device: of the model.
         tokens_per_batch: most tokens of a batch; one sequence always goes.
     """
-    result = torch.zeros(len(sequences))
-    for some in prompt_groups(sequences, tokens_per_batch=tokens_per_batch):
-        result[some] = sequence_logprobs(model, [sequences[n] for n in some], device).cpu()
-    return result
+    results = [torch.zeros(0)]
+    for first in range(0, len(sequences), HELD_SEQUENCES):
+        held = [sequences[n] for n in range(first, min(first + HELD_SEQUENCES, len(sequences)))]
+        result = torch.zeros(len(held))
+        for some in prompt_groups(held, tokens_per_batch=tokens_per_batch):
+            result[some] = sequence_logprobs(model, [held[n] for n in some], device).cpu()
+        results.append(result)
+    return torch.cat(results)

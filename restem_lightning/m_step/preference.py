@@ -4,10 +4,12 @@ Shape legend: P pairs of a batch, S distinct sequences.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
@@ -19,9 +21,16 @@ from restem_lightning.m_step.likelihood import prompt_groups, sequence_logprobs
 from restem_lightning.m_step.optimization import clip_gradients
 from restem_lightning.m_step.packing import TrainingSequence
 from restem_lightning.m_step.placement import data_rank, place_policy
+from restem_lightning.m_step.sequences import (
+    BATCH_ROWS,
+    StoredSequences,
+    remove_sequences,
+    store_sequences,
+)
 from restem_lightning.m_step.step_loader import StepLoader
 from restem_lightning.m_step.tensor_parallel import average_copies, tensor_group
 from restem_lightning.m_step.weights import empty_policy, load_policy
+from restem_lightning.run_dir import atomic_path
 
 
 class PairSet(NamedTuple):
@@ -29,22 +38,36 @@ class PairSet(NamedTuple):
 
     Attributes:
         sequences: the distinct sequences.
-        pairs: (index of the correct one, index of the incorrect one).
+        pairs: int32 [P, 2], (index of the correct one, index of the incorrect one).
     """
 
-    sequences: list[TrainingSequence]
-    pairs: list[tuple[int, int]]
+    sequences: Sequence[TrainingSequence]
+    pairs: np.ndarray
 
 
-def pair_set(pairs: Sequence[tuple[tuple, tuple]]) -> PairSet:
-    """Returns pairs of (prompt ids, completion ids) as a PairSet."""
-    index: dict[tuple, int] = {}
-    numbered = [tuple(index.setdefault(one, len(index)) for one in pair) for pair in pairs]
-    sequences = [
-        TrainingSequence(np.array([*prompt, *completion], dtype=np.int32), len(prompt), 1.0)
-        for prompt, completion in index
-    ]
-    return PairSet(sequences, numbered)
+def write_pairs(path: Path, pieces: Iterable[tuple[pa.Table, np.ndarray]]) -> None:
+    """Writes pairs to a file and their sequences beside it, as `selection.pairs` yields them."""
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for table, pairs in pieces:
+            pairs.astype(np.int32).tofile(file)
+            weights = pa.repeat(pa.scalar(1.0, pa.float32()), table.num_rows)
+            yield from table.append_column("weight", weights).to_batches(BATCH_ROWS)
+
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        store_sequences(path, batches())
+
+
+def read_pairs(path: Path) -> PairSet:
+    """Returns what `write_pairs` has left; in memory are 8 bytes of a pair."""
+    pairs = np.fromfile(path, np.int32).reshape(-1, 2)
+    return PairSet(StoredSequences(path, range(pairs.max() + 1)), pairs)
+
+
+def remove_pairs(path: Path) -> None:
+    """Deletes what `write_pairs` has left."""
+    path.unlink(missing_ok=True)
+    remove_sequences(path)
 
 
 def preference_loss(margins: Tensor, beta: float) -> Tensor:
@@ -170,6 +193,6 @@ def pair_loader(data: PairSet, *, batch_size: int, seed: int) -> StepLoader[list
     """Returns the pairs in batches over all ranks, shuffled anew in each epoch."""
 
     def take(numbers: np.ndarray) -> list[tuple[int, int]]:
-        return [data.pairs[number] for number in numbers]
+        return list(map(tuple, data.pairs[numbers].tolist()))
 
     return StepLoader(len(data.pairs), take, batch_size=batch_size, seed=seed)

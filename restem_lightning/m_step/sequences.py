@@ -1,7 +1,7 @@
 """Sequences to train on, in files: in memory are those in use."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from restem_lightning.m_step.packing import TrainingSequence
 from restem_lightning.run_dir import atomic_path
 
 _COLUMNS = ["prompt_ids", "completion_ids", "weight"]
-_BATCH_ROWS = 1024
+BATCH_ROWS = 1024
 _ID_BYTES = np.dtype(np.int32).itemsize
 # Where a sequence lies in the file of token ids. Neighbours of one problem share their prompt.
 _INDEX = np.dtype(
@@ -59,9 +59,9 @@ class StoredSequences(Sequence[TrainingSequence]):
 
 def sequence_lengths(accepted: str | Path) -> np.ndarray:
     """Returns the tokens of every sequence that `write_sequences` has left, int32."""
-    path, size = _paths(accepted)[1], _BATCH_ROWS * _INDEX.itemsize
+    path, size = _paths(accepted)[1], BATCH_ROWS * _INDEX.itemsize
     starts = range(0, path.stat().st_size, size)
-    pieces = (np.fromfile(path, _INDEX, _BATCH_ROWS, offset=start) for start in starts)
+    pieces = (np.fromfile(path, _INDEX, BATCH_ROWS, offset=start) for start in starts)
     return np.concatenate([one["prompt_length"] + one["completion_length"] for one in pieces])
 
 
@@ -76,6 +76,16 @@ def write_sequences(accepted: str | Path) -> None:
     missing = set(_COLUMNS) - set(pq.read_schema(accepted).names)
     if missing:
         raise UserError(f"accepted ({accepted}) must have the columns {_COLUMNS}; add {missing}")
+    store_sequences(accepted, _batches(accepted))
+
+
+def store_sequences(accepted: str | Path, batches: Iterable[pa.RecordBatch]) -> None:
+    """Writes token ids and index of sequences beside a path; as `write_sequences`.
+
+    Args:
+        accepted: the path.
+        batches: with the columns prompt_ids, completion_ids and weight.
+    """
     ids_path, index_path = _paths(accepted)
     num_rows, num_tokens, any_weight = 0, 0, False
     last, last_start = np.zeros(0, np.int32), 0
@@ -85,7 +95,7 @@ def write_sequences(accepted: str | Path) -> None:
         open(ids_temporary, "wb") as ids_file,
         open(index_temporary, "wb") as index_file,
     ):
-        for batch in _batches(accepted):
+        for batch in batches:
             prompts, completions = (_token_lists(batch[name]) for name in _COLUMNS[:2])
             weights, index = batch["weight"].to_pylist(), []
             for prompt, completion, weight in zip(prompts, completions, weights, strict=True):
@@ -123,7 +133,7 @@ def _paths(accepted: str | Path) -> tuple[Path, Path]:
 def _batches(accepted: str | Path) -> Iterator[pa.RecordBatch]:
     with pq.ParquetFile(accepted) as file:
         for number in range(file.num_row_groups):  # one reader over all keeps what it has read
-            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[number], columns=_COLUMNS):
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=[number], columns=_COLUMNS):
                 if batch.num_rows:
                     yield batch
 

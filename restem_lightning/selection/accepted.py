@@ -28,15 +28,18 @@ ACCEPTED_SCHEMA = pa.schema(
 )
 
 
-def end_with_eos(accepted: pa.Table, eos_ids: Collection[int]) -> pa.Table:
+def end_with_eos(
+    accepted: pa.Table, eos_ids: Collection[int], *, only: np.ndarray | bool = True
+) -> pa.Table:
     """Returns an accepted dataset whose completions all end with EOS, so that training shows it.
 
     Completions that a stop string ended were cut before it and have no EOS of their own. The added
     EOS has no log-probability: `logprobs` stays as drawn.
 
     Args:
-        accepted: table of ACCEPTED_SCHEMA.
+        accepted: table of ACCEPTED_SCHEMA, or another one with `completion_ids`.
         eos_ids: the policy's EOS token ids, the one to add first; empty for none.
+        only: of each row whether it may get one.
     """
     if not eos_ids:
         return accepted
@@ -45,11 +48,12 @@ def end_with_eos(accepted: pa.Table, eos_ids: Collection[int]) -> pa.Table:
     ends, lacks_eos = np.cumsum(lengths), np.ones(len(lengths), dtype=bool)
     some = lengths > 0
     lacks_eos[some] = ~np.isin(ids[ends[some] - 1], list(eos_ids))
+    lacks_eos &= only
     ids = np.insert(ids, ends[lacks_eos], next(iter(eos_ids)))
     offsets = np.concatenate([[0], np.cumsum(lengths + lacks_eos)])
     ended = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(ids, pa.int32()))
-    place = ACCEPTED_SCHEMA.get_field_index("completion_ids")
-    return accepted.set_column(place, ACCEPTED_SCHEMA.field(place), ended)
+    place = accepted.schema.get_field_index("completion_ids")
+    return accepted.set_column(place, accepted.schema.field(place), ended)
 
 
 def write_accepted(path: str | Path, tables: Iterable[pa.Table]) -> int:

@@ -2,54 +2,48 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from restem_lightning.completions import CompletionStore, VerdictKind
+from restem_lightning.selection.accepted import end_with_eos
+from restem_lightning.selection.buckets import Buckets
+from restem_lightning.selection.select import empty_buckets
 
-COLUMNS = ("problem_id", "prompt_ids", "completion_ids", "finish_reason", "verdict")
-_INCORRECT = (VerdictKind.WRONG.value, VerdictKind.NO_ANSWER.value)
-
-
-class Judged(NamedTuple):
-    """A completion after its prompt, as token ids."""
-
-    prompt_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...]
-
-
-class Pair(NamedTuple):
-    """Two completions of one problem."""
-
-    correct: Judged
-    incorrect: Judged
+_READ = ("problem_id", "prompt_ids", "completion_ids", "finish_reason", "verdict")
+_JUDGED = [kind.value for kind in (VerdictKind.CORRECT, VerdictKind.WRONG, VerdictKind.NO_ANSWER)]
+_SCHEMA = pa.schema(
+    [
+        ("problem_id", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("completion_ids", pa.list_(pa.int32())),
+        ("is_correct", pa.bool_()),
+    ]
+)
 
 
-@dataclass(kw_only=True)
-class _Problem:
-    correct: dict[Judged, None] = field(default_factory=dict)
-    incorrect: dict[Judged, None] = field(default_factory=dict)
-
-
-def preference_pairs(
-    stores: Iterable[CompletionStore],
+def stream_pairs(
+    stores: Sequence[CompletionStore],
     *,
-    human: pa.Table | None = None,
+    human: Iterable[pa.Table] = (),
     eos_ids: Sequence[int] = (),
     max_per_problem: int | None = None,
     seed: int = 0,
-) -> list[Pair]:
-    """Returns each correct completion of a problem with each incorrect one, over all stores.
+) -> Iterator[tuple[pa.Table, np.ndarray]]:
+    """Yields each correct completion of a problem with each incorrect one, over all stores.
 
-    Token ids that were drawn several times count once. TIMEOUT and ERROR are neither correct nor
-    incorrect.
+    They come in pieces of some problems: completions with problem_id, prompt_ids and
+    completion_ids, and pairs of them, int64 [P, 2], as (number of the correct one, number of the
+    incorrect one), counted over all pieces. Token ids that were drawn several times count once.
+    TIMEOUT and ERROR are neither correct nor incorrect. Memory does not grow with the pools.
 
     Args:
         stores: the pools.
-        human: human solutions (a table of ACCEPTED_SCHEMA), correct too; None for none.
+        human: human solutions (tables of ACCEPTED_SCHEMA), correct too.
         eos_ids: of the policy, the one to write first; ends what a stop string ended, as in the
             accepted dataset.
         max_per_problem: most pairs of a problem, drawn at random; None for all.
@@ -57,34 +51,61 @@ def preference_pairs(
 
     Source: arXiv 2402.06457, section 3.1 (the Cartesian product).
     """
-    problems: dict[str, _Problem] = defaultdict(_Problem)
+    num_before = 0
+    for bucket in _share_out(stores, human, eos_ids):
+        pairs = _pairs(bucket, max_per_problem, seed)
+        if pairs:
+            rows, places = np.unique(pairs, return_inverse=True)
+            yield bucket.drop_columns("is_correct").take(rows), num_before + places.reshape(-1, 2)
+            num_before += len(rows)
+
+
+def _share_out(
+    stores: Sequence[CompletionStore], human: Iterable[pa.Table], eos_ids: Sequence[int]
+) -> Buckets:
+    """Returns what is correct or incorrect by ranges of problems; what is whole ends with EOS."""
+    buckets, _ = empty_buckets(stores)
+
+    def add(rows: pa.Table, is_whole: np.ndarray | bool) -> None:
+        ended = end_with_eos(rows, eos_ids, only=is_whole).select(_SCHEMA.names).cast(_SCHEMA)
+        for batch in ended.combine_chunks().to_batches():
+            buckets.add(batch, out_of=batch.num_rows)
+
     for store in stores:
-        for batch in store.iter_batches(COLUMNS):
-            for row in batch.to_pylist():
-                problem, judged = problems[row["problem_id"]], _judged(row, eos_ids)
-                if row["verdict"] == VerdictKind.CORRECT.value:
-                    problem.correct.setdefault(judged)
-                elif row["verdict"] in _INCORRECT:
-                    problem.incorrect.setdefault(judged)
-    for row in human.to_pylist() if human is not None else []:
-        problems[row["problem_id"]].correct.setdefault(_judged(row, eos_ids))
-    pairs: list[Pair] = []
-    for problem_id, problem in sorted(problems.items()):
-        product = [Pair(good, bad) for good in problem.correct for bad in problem.incorrect]
-        if max_per_problem is not None and len(product) > max_per_problem:
+        for batch in store.iter_batches(_READ):
+            verdicts = batch["verdict"].cast(pa.string())
+            is_correct = pc.equal(verdicts, VerdictKind.CORRECT.value)
+            rows = pa.Table.from_batches([batch]).append_column("is_correct", is_correct)
+            rows = rows.filter(pc.is_in(verdicts, pa.array(_JUDGED)))
+            add(rows, pc.not_equal(rows["finish_reason"].cast(pa.string()), "length").to_numpy())
+    for table in human:
+        add(table.append_column("is_correct", pa.repeat(True, table.num_rows)), True)
+    return buckets
+
+
+def _pairs(bucket: pa.Table, max_per_problem: int | None, seed: int) -> list[tuple[int, int]]:
+    """Returns the pairs of a bucket as (row of the correct one, row of the incorrect one)."""
+    # Of each problem the first row of each (prompt, completion): incorrect ones, correct ones.
+    rows_of: dict[str, tuple[dict, dict]] = defaultdict(lambda: ({}, {}))
+    keys = zip(_bytes(bucket["prompt_ids"]), _bytes(bucket["completion_ids"]), strict=True)
+    columns = (bucket["problem_id"].to_pylist(), bucket["is_correct"].to_pylist(), keys)
+    for row, (problem_id, is_correct, key) in enumerate(zip(*columns, strict=True)):
+        rows_of[problem_id][is_correct].setdefault(key, row)
+    pairs: list[tuple[int, int]] = []
+    for problem_id, (incorrect, correct) in sorted(rows_of.items()):
+        some = list(product(correct.values(), incorrect.values()))
+        if max_per_problem is not None and len(some) > max_per_problem:
             lots = [
                 (hashlib.sha256(f"{seed}/{number}/{problem_id}".encode()).digest(), number)
-                for number in range(len(product))
+                for number in range(len(some))
             ]
-            product = [product[number] for _, number in sorted(lots)[:max_per_problem]]
-        pairs += product
+            some = [some[number] for _, number in sorted(lots)[:max_per_problem]]
+        pairs += some
     return pairs
 
 
-def _judged(row: dict[str, Any], eos_ids: Sequence[int]) -> Judged:
-    """Returns a row's token ids; what was not truncated ends with EOS."""
-    ids = tuple(row["completion_ids"])
-    is_whole = row.get("finish_reason") != "length"
-    if is_whole and eos_ids and ids[-1:] != () and ids[-1] not in eos_ids:
-        ids = (*ids, eos_ids[0])
-    return Judged(tuple(row["prompt_ids"]), ids)
+def _bytes(column: pa.ChunkedArray) -> Iterator[bytes]:
+    """Yields the token ids of each row."""
+    lists = column.combine_chunks()
+    ends = np.cumsum(lists.value_lengths().to_numpy())
+    return (ids.tobytes() for ids in np.split(lists.flatten().to_numpy(), ends[:-1]))

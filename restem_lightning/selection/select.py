@@ -178,7 +178,7 @@ def _scan(source: Source, columns: list[str]) -> Iterator[pa.RecordBatch]:
             yield from store.iter_batches(columns)
 
 
-def _empty_buckets(source: Source) -> tuple[Buckets, int]:
+def empty_buckets(source: Source) -> tuple[Buckets, int]:
     """Returns buckets for the rows of a source, and its number of problems."""
     if isinstance(source, pa.Table):
         ids, num_rows, folder = source["problem_id"], source.num_rows, None
@@ -211,7 +211,7 @@ def _share_out(
     # A vote, a control and a fail rate look at rejected completions too.
     needs_all = params.rewards != "verdict" or params.random_control or params.quota != "uniform"
     names = list(dict.fromkeys([*_ADDRESS, *_rule_columns(params), *columns]))
-    buckets, num_problems = _empty_buckets(source)
+    buckets, num_problems = empty_buckets(source)
     verdicts: Counter[str] = Counter()
     num_completions = num_not_truncated = 0
     for batch in _scan(

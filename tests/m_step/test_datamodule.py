@@ -88,7 +88,7 @@ def test_loader_goes_on_at_the_saved_place_and_into_the_next_epoch(make_accepted
 
 
 def test_batches_from_the_file_are_those_of_sequences_in_memory(make_accepted, monkeypatch):
-    monkeypatch.setattr(sequences, "_BATCH_ROWS", 4)
+    monkeypatch.setattr(sequences, "BATCH_ROWS", 4)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(2, 64, rng.integers(1, 9)).tolist() for _ in range(5)]
     rows = [

@@ -3,18 +3,23 @@
 import math
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from transformers import AutoModelForCausalLM
 
+from restem_lightning.m_step import likelihood
 from restem_lightning.m_step.likelihood import all_logprobs, sequence_logprobs
 from restem_lightning.m_step.packing import TrainingSequence
 from restem_lightning.m_step.preference import (
+    PairSet,
     PreferenceModule,
     pair_loader,
-    pair_set,
     preference_loss,
+    read_pairs,
+    remove_pairs,
+    write_pairs,
 )
 from restem_lightning.settings import EMBEDDED_POLICY
 
@@ -58,20 +63,36 @@ def test_the_loss_is_the_formula():
     assert preference_loss(margins, beta=0.5).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_pairs_share_their_sequences():
-    good, other, bad = ((1,), (2, 3)), ((1,), (4,)), ((1,), (5, 6))
-    data = pair_set([(good, bad), (other, bad)])
-    assert data.pairs == [(0, 1), (2, 1)]
-    assert [one.ids.tolist() for one in data.sequences] == [[1, 2, 3], [1, 5, 6], [1, 4]]
-    assert [one.prompt_length for one in data.sequences] == [1, 1, 1]
+def test_pairs_and_their_sequences_survive_the_files(tmp_path):
+    def piece(rows, pairs):
+        prompts, completions = zip(*rows, strict=True)
+        lists = [pa.array(one, pa.list_(pa.int32())) for one in (prompts, completions)]
+        return pa.table(lists, ["prompt_ids", "completion_ids"]), np.array(pairs)
+
+    pieces = [piece(ROWS[:2], [(0, 1)]), piece(ROWS[2:], [(2, 2)])]
+    write_pairs(tmp_path / "pairs", pieces)
+    data = read_pairs(tmp_path / "pairs")
+    assert data.pairs.tolist() == [[0, 1], [2, 2]]
+    for found, expected in zip(data.sequences, sequences(), strict=True):
+        assert found.ids.tolist() == expected.ids.tolist()
+        assert found[1:] == expected[1:]
+    remove_pairs(tmp_path / "pairs")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_do_not_depend_on_how_many_sequences_are_read_at_a_time(model, monkeypatch):
+    at_once = all_logprobs(model, sequences(), CPU, tokens_per_batch=1000)
+    monkeypatch.setattr(likelihood, "HELD_SEQUENCES", 2)
+    in_turn = all_logprobs(model, sequences(), CPU, tokens_per_batch=1000)
+    assert in_turn.tolist() == pytest.approx(at_once.tolist(), abs=1e-4)
 
 
 def test_training_starts_at_log_2_and_makes_correct_ones_likelier_than_incorrect_ones(
     model, tmp_path
 ):
     prompt = (5, 9, 3)
-    pairs = [((prompt, (7, 2)), (prompt, (8, 2))), ((prompt, (7, 1)), (prompt, (8, 2)))]
-    data = pair_set(pairs)
+    rows = [(prompt, (7, 2)), (prompt, (8, 2)), (prompt, (7, 1))]
+    data = PairSet(sequences(rows), np.array([(0, 1), (2, 1)]))
     module = PreferenceModule(
         str(EMBEDDED_POLICY), data, beta=0.1, learning_rate=1e-3, tokens_per_batch=64
     )
