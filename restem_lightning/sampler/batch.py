@@ -65,10 +65,13 @@ class TileList:
 
 def shared_tiles(sequences: Iterable[Sequence], tiles: TileList) -> TileList:
     """Returns the tiles of running sequences over all segments of their prompts."""
-    rows_of: dict[Segment, list[int]] = defaultdict(list)
+    rows_behind: dict[Segment, list[int]] = defaultdict(list)
     for sequence in sequences:
-        for segment in sequence.prompt.chain:
-            rows_of[segment].append(sequence.lane)
+        rows_behind[sequence.prompt].append(sequence.lane)
+    rows_of: dict[Segment, list[int]] = defaultdict(list)
+    for prompt, rows in rows_behind.items():
+        for segment in prompt.chain:
+            rows_of[segment].extend(rows)
     for segment, rows in rows_of.items():
         tiles.add(segment, rows)
     return tiles
