@@ -3,7 +3,6 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import product
 
 import numpy as np
 import pyarrow as pa
@@ -54,7 +53,7 @@ def stream_pairs(
     num_before = 0
     for bucket in _share_out(stores, human, eos_ids):
         pairs = _pairs(bucket, max_per_problem, seed)
-        if pairs:
+        if len(pairs):
             rows, places = np.unique(pairs, return_inverse=True)
             yield bucket.drop_columns("is_correct").take(rows), num_before + places.reshape(-1, 2)
             num_before += len(rows)
@@ -83,7 +82,7 @@ def _share_out(
     return buckets
 
 
-def _pairs(bucket: pa.Table, max_per_problem: int | None, seed: int) -> list[tuple[int, int]]:
+def _pairs(bucket: pa.Table, max_per_problem: int | None, seed: int) -> np.ndarray:
     """Returns the pairs of a bucket as (row of the correct one, row of the incorrect one)."""
     # Of each problem the first row of each (prompt, completion): incorrect ones, correct ones.
     rows_of: dict[str, tuple[dict, dict]] = defaultdict(lambda: ({}, {}))
@@ -91,17 +90,18 @@ def _pairs(bucket: pa.Table, max_per_problem: int | None, seed: int) -> list[tup
     columns = (bucket["problem_id"].to_pylist(), bucket["is_correct"].to_pylist(), keys)
     for row, (problem_id, is_correct, key) in enumerate(zip(*columns, strict=True)):
         rows_of[problem_id][is_correct].setdefault(key, row)
-    pairs: list[tuple[int, int]] = []
+    pairs = [np.empty((0, 2), np.int32)]
     for problem_id, (incorrect, correct) in sorted(rows_of.items()):
-        some = list(product(correct.values(), incorrect.values()))
+        good, bad = (np.array([*rows.values()], np.int32) for rows in (correct, incorrect))
+        some = np.stack([np.repeat(good, len(bad)), np.tile(bad, len(good))], axis=1)
         if max_per_problem is not None and len(some) > max_per_problem:
             lots = [
                 (hashlib.sha256(f"{seed}/{number}/{problem_id}".encode()).digest(), number)
                 for number in range(len(some))
             ]
-            some = [some[number] for _, number in sorted(lots)[:max_per_problem]]
-        pairs += some
-    return pairs
+            some = some[[number for _, number in sorted(lots)[:max_per_problem]]]
+        pairs.append(some)
+    return np.concatenate(pairs)
 
 
 def _bytes(column: pa.ChunkedArray) -> Iterator[bytes]:
