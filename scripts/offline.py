@@ -71,7 +71,7 @@ def pack(folder: Path, name: str, pieces: Path, piece_bytes: int) -> list[Path]:
     for old in pieces.glob(f"{name}.tar.xz.*"):
         old.unlink()
     with tempfile.TemporaryFile() as file:
-        with tarfile.open(fileobj=file, mode="w:xz") as archive:
+        with tarfile.open(fileobj=file, mode="w:xz", preset=2) as archive:
             archive.add(folder, arcname=".")
         size = file.tell()
         file.seek(0)
