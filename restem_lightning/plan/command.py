@@ -37,8 +37,8 @@ class PlanParams:
         on: "here" tries a little of the run on this machine and measures; a100, h100 and h200 give
             figures on paper for such GPUs, as many as trainer.devices x trainer.num_nodes says.
         seconds: of the trial, for each kind of completions and for the optimizer steps, about; one
-            full micro-batch is trained on (with preference.learn, one batch of pairs too) however
-            long it takes, for nothing less shows the memory.
+            batch of the sampler and one full micro-batch (with preference.learn a batch of pairs
+            too) are always taken, for nothing less shows the memory.
         completion_tokens: on paper, tokens of a completion; null for half of
             sampling.max_new_tokens.
         acceptance_rate: on paper, the share of correct completions.

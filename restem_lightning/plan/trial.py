@@ -129,8 +129,8 @@ def _drawn(
     folder: Path,
     seconds: float,
 ) -> tuple[Sampling, CompletionStore]:
-    """Draws twice: an eighth of what fills the sampler's batch, then all that the time allows."""
-    full = max(2, math.ceil(BATCHES * (loop.engine.max_batch_size or 256) / params.n))
+    """Draws twice: a quarter of the sampler's batch, then one batch or two, as time allows."""
+    full = max(2, math.ceil(BATCHES * policy.sampler.max_batch_size / params.n))
     took, num = 0.0, max(1, full // 8)
     for place in ("first", "second"):
         some, store = spread(problems, num), CompletionStore(folder / kind / place)
@@ -138,7 +138,8 @@ def _drawn(
         start = time.monotonic()
         fill_store(store, some, stage, e_step=loop.e_step, show=f"trial {kind}")
         took = time.monotonic() - start
-        num = max(num, min(full, int(num * seconds / took)))
+        # One batch at least: less says little of lengths, of acceptance and of memory.
+        num = max(full // BATCHES, min(full, int(num * seconds / took)))
     num_tokens = num_completions = 0
     for part in store.iter_batches(["completion_ids"]):
         num_tokens += len(part["completion_ids"].flatten())

@@ -70,7 +70,7 @@ class Watch(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if hasattr(batch, "micro_batches"):
             tokens = [one.input_ids.numel() for one in batch.micro_batches]
-            samplers = sum(isinstance(one, Sampler) for one in gc.get_objects())
+            samplers = sum(type(one) is Sampler for one in gc.get_objects())
             self.seen.append((tokens, samplers))
 
 
