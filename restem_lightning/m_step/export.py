@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from restem_lightning.errors import UserError
 from restem_lightning.m_step.checkpoints import is_whole
-from restem_lightning.m_step.weights import policy_weights, whole
+from restem_lightning.m_step.shards import whole
+from restem_lightning.m_step.weights import policy_weights, reshard
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -152,13 +153,17 @@ def check_policy_folder(path: str | Path) -> None:
 
 @torch.no_grad()
 def _probe_logits(model: PreTrainedModel) -> Tensor:
-    """Logits [1, 8, V] of a fixed probe on the CPU, by a forward of all ranks."""
+    """Logits [1, 8, V] of a fixed probe on the CPU, by a forward of all ranks.
+
+    Under FSDP they are of the compute dtype.
+    """
     device = next(model.parameters()).device
     ids = torch.arange(8, device=device)[None] % model.config.get_text_config().vocab_size
     was_training = model.training
     model.eval()
     logits = model(input_ids=ids, use_cache=False).logits.cpu()
     model.train(was_training)
+    reshard(model)
     return logits
 
 
@@ -252,7 +257,7 @@ def _check_logits(folder: Path, probe: Tensor) -> None:
     check_policy_folder(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     error = (_probe_logits(model) - probe).abs().max() / probe.abs().max()
-    if not error <= _LOGIT_TOLERANCE[model.dtype]:
+    if not error <= _LOGIT_TOLERANCE[probe.dtype]:
         raise RuntimeError(f"{folder} gives other logits than the trained model, by {error:.1e}")
 
 

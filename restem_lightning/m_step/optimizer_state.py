@@ -26,6 +26,6 @@ def save_optimizer(model: nn.Module, optimizer: Optimizer, path: Path) -> None:
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, path: Path) -> None:
     """Gives an optimizer the state that `save_optimizer` wrote; every rank must call it."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     options = StateDictOptions(full_state_dict=True)
     set_optimizer_state_dict(model, optimizer, state, options=options)

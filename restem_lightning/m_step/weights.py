@@ -122,15 +122,20 @@ def read_weights(model: PreTrainedModel, policy: str, device: torch.device) -> N
             local(parameter).copy_(files[plain].get_slice(plain)[local_index(parameter)])
 
 
+def reshard(model: nn.Module) -> None:
+    """Gives back what a forward pass leaves gathered, in the compute dtype."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @torch.no_grad()
 def policy_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yields each weight of the policy as a whole tensor, adapters merged; one at a time.
 
     Every rank must go through all of them. Tied weights come once.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # a forward pass leaves gathered weights, in the compute dtype
+    reshard(model)
     adapted = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
     for name, parameter in model.named_parameters():
         if is_adapter(name):
