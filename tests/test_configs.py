@@ -106,3 +106,20 @@ def test_parallel_sizes_that_do_not_make_up_the_ranks_are_refused(tmp_path):
     cli = parse(*words, "--trainer.devices", 1)
     with pytest.raises(UserError, match=r"\(2\) times .* \(2\) must be .* \(2 = "):
         check_settings(cli.config, cli.build(1), RunDir(tmp_path), 1)
+
+
+def test_what_tensor_parallelism_cannot_do_is_refused_before_the_e_step(tmp_path):
+    from restem_lightning.fit import check_settings
+    from restem_lightning.fit.checks import check_policies
+    from restem_lightning.run_dir import RunDir
+    from restem_lightning.settings import EMBEDDED_POLICY
+
+    words = ["--config", QUICKSTART, "--config", ROOT / "configs" / "multinode.yaml"]
+    sizes = ["--trainer.strategy.init_args.tensor_parallel_size", 2, "--trainer.devices", 2]
+    cli = parse(*words, *sizes, "--model.compile", "true")
+    with pytest.raises(UserError, match=r"model\.compile \(true\) .* tensor_parallel_size \(2\)"):
+        check_settings(cli.config, cli.build(1), RunDir(tmp_path), 1)
+    sizes[1] = sizes[3] = 5
+    cli = parse(*words, *sizes)
+    with pytest.raises(UserError, match=r"tensor_parallel_size \(5\) must divide"):
+        check_policies(cli.config, str(EMBEDDED_POLICY))

@@ -8,6 +8,7 @@ from restem_lightning.errors import UserError
 from restem_lightning.loop.draw import DrawParams
 from restem_lightning.loop.quota import check_quota
 from restem_lightning.m_step.stopping import stop_callbacks
+from restem_lightning.m_step.tensor_parallel import check_compile, check_split
 from restem_lightning.per_iteration import values_by_setting
 from restem_lightning.run_dir import RunDir
 from restem_lightning.settings import resolve_policy
@@ -48,6 +49,8 @@ def check_settings(config: Any, made: Any, run: RunDir, iteration: int) -> None:
         if value := config.trainer[name]:
             raise UserError(f"trainer.{name} ({value}) is set by the loop; remove it")
     _check_parallel_sizes(config.trainer)
+    if config.model.compile:
+        check_compile(_tensor_parallel_size(config.trainer))
     n, most = made.sampling.n * len(made.draw.names()), made.selection.max_per_problem
     if most is not None and most > n and made.draw.num_problems != 0:
         raise UserError(
@@ -73,8 +76,7 @@ def check_settings(config: Any, made: Any, run: RunDir, iteration: int) -> None:
 
 def _check_parallel_sizes(trainer: Any) -> None:
     """Checks that the sizes of ModelParallelStrategy make up the ranks, where all are given."""
-    sizes = getattr(trainer.strategy, "init_args", None) or {}
-    data, tensor = (sizes.get(f"{kind}_parallel_size") for kind in ("data", "tensor"))
+    data, tensor = (_parallel_size(trainer, kind) for kind in ("data", "tensor"))
     if not (isinstance(data, int) and isinstance(tensor, int) and str(trainer.devices).isdigit()):
         return
     num_ranks = trainer.num_nodes * int(trainer.devices)
@@ -85,14 +87,29 @@ def _check_parallel_sizes(trainer: Any) -> None:
         )
 
 
+def _parallel_size(trainer: Any, kind: str) -> Any:
+    sizes = getattr(trainer.strategy, "init_args", None) or {}
+    return sizes.get(f"{kind}_parallel_size")
+
+
+def _tensor_parallel_size(trainer: Any) -> int:
+    """Returns the size where it is given, 1 where it is not."""
+    size = _parallel_size(trainer, "tensor")
+    return size if isinstance(size, int) else 1
+
+
 def check_policies(config: Any, base: str) -> None:
     """Checks the policies that an iteration starts from and draws from.
 
     Raises:
-        UserError: one is no whole policy, or draws other token ids than the base model's.
+        UserError: one is no whole policy, does not split as asked for, or draws other token ids
+            than the base model's.
     """
+    start = base
     if config.start_from not in ("base", "previous"):
-        resolve_policy(config.start_from)
+        start = resolve_policy(config.start_from)
+    if (size := _tensor_parallel_size(config.trainer)) > 1:
+        check_split(start, size)
     vocabulary = AutoTokenizer.from_pretrained(base).get_vocab()
     for name in DrawParams(**config.draw.as_dict()).names():
         if name not in ("base", "previous"):

@@ -2,11 +2,11 @@
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from restem_lightning.errors import UserError
 from restem_lightning.m_step.packing import StepBatch, pack_step
+from restem_lightning.m_step.placement import data_rank
 from restem_lightning.m_step.sequences import StoredSequences, write_sequences
 from restem_lightning.m_step.step_loader import StepLoader
 
@@ -88,17 +88,15 @@ class AcceptedDataModule(LightningDataModule):
                 f" the longest has {longest} tokens"
             )
         strategy = self.trainer.strategy if self.trainer is not None else None
-        ranks = {"rank": 0, "num_replicas": 1}
-        if isinstance(strategy, ParallelStrategy):
-            ranks = strategy.distributed_sampler_kwargs
+        rank, num_ranks = data_rank(strategy)
 
         def pack(numbers: np.ndarray) -> StepBatch:
             return pack_step(
                 [kept[number] for number in numbers],
                 tokens_per_micro_batch=self.tokens_per_micro_batch,
                 shared_prompts=self.shared_prompt_packing,
-                rank=ranks["rank"],
-                num_ranks=ranks["num_replicas"],
+                rank=rank,
+                num_ranks=num_ranks,
             )
 
         return StepLoader(len(kept), pack, batch_size=self.batch_size, seed=self.seed)

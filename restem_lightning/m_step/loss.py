@@ -7,9 +7,11 @@ V vocabulary.
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PretrainedConfig, PreTrainedModel
 
 from restem_lightning.m_step.attention import PackedAttention
@@ -57,7 +59,12 @@ def target_logits(model: PreTrainedModel, micro_batch: MicroBatch) -> Tensor:
         hook.remove()
 
 
-def weighted_loss(model: PreTrainedModel, micro_batch: MicroBatch, factors: Tensor) -> Tensor:
+def weighted_loss(
+    model: PreTrainedModel,
+    micro_batch: MicroBatch,
+    factors: Tensor,
+    group: DeviceMesh | None = None,
+) -> Tensor:
     """Returns sum(factors * negative log-likelihood of the targets), float32 [].
 
     FSDP must know this function as a forward of the model (see fsdp.py): it calls the decoder and
@@ -67,6 +74,9 @@ def weighted_loss(model: PreTrainedModel, micro_batch: MicroBatch, factors: Tens
         model: the policy.
         micro_batch: its tokens and targets.
         factors: float32 [N].
+        group: tensor-parallel ranks that share out the targets at the LM head, which each has
+            whole. The loss of the group is then the mean of what its ranks get, and so is the
+            gradient of each parameter that they all have whole.
     """
     hidden = model.base_model(
         input_ids=micro_batch.input_ids,
@@ -75,12 +85,17 @@ def weighted_loss(model: PreTrainedModel, micro_batch: MicroBatch, factors: Tens
         use_cache=False,
     ).last_hidden_state
     hidden = hidden.flatten(0, 1).index_select(0, micro_batch.target_index)
+    target_ids = micro_batch.target_ids
+    if group is not None:
+        own = slice(group.get_local_rank(), None, group.size())
+        hidden = _MeanGradient.apply(hidden, group)[own]
+        target_ids, factors = target_ids[own], factors[own] * group.size()
     head = model.get_output_embeddings()
     return linear_cross_entropy(
         hidden,
         head.weight,
         head.bias,
-        micro_batch.target_ids,
+        target_ids,
         factors,
         head=Head.of(model.config.get_text_config()),
     )
@@ -98,6 +113,22 @@ def target_factors(micro_batch: MicroBatch, batch: StepBatch, loss_norm: LossNor
     if loss_norm == "token":
         return micro_batch.target_weights / max(1, batch.num_target_tokens)
     return micro_batch.target_weights / micro_batch.target_lengths / max(1, batch.num_sequences)
+
+
+class _MeanGradient(torch.autograd.Function):
+    """Gives back what it gets; its gradient is the mean of those of a group's ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, group: DeviceMesh) -> Tensor:
+        ctx.group = group
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        mean = grad / ctx.group.size()
+        dist.all_reduce(mean, group=ctx.group.get_group())
+        return mean, None
 
 
 def linear_cross_entropy(

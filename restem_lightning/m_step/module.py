@@ -7,21 +7,21 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ParallelStrategy
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from restem_lightning.errors import UserError
 from restem_lightning.m_step.export import check_policy_folder
-from restem_lightning.m_step.fsdp import decoder_layers, shard_policy
+from restem_lightning.m_step.fsdp import decoder_layers
 from restem_lightning.m_step.lora import LoraParams, add_adapters, start_adapters
 from restem_lightning.m_step.loss import LossNorm, target_factors
 from restem_lightning.m_step.optimization import Schedule, clip_gradients, learning_rate_factor
 from restem_lightning.m_step.packing import StepBatch
+from restem_lightning.m_step.placement import data_rank, place_policy
 from restem_lightning.m_step.probe import check_packing
-from restem_lightning.m_step.tensor_parallel import average_copies, split_policy
-from restem_lightning.m_step.weights import empty_policy, load_policy, read_weights
+from restem_lightning.m_step.tensor_parallel import average_copies, check_compile, tensor_group
+from restem_lightning.m_step.weights import empty_policy, load_policy
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -74,7 +74,8 @@ class PolicyModule(LightningModule):
                 pass and again for its backward pass, and gradients are summed up after each
                 micro-batch (least memory); false = each rank keeps whole weights and gradients
                 until the optimizer step, for which both travel once.
-            compile: torch.compile of each decoder layer but its attention: minutes at the start.
+            compile: torch.compile of each decoder layer but its attention: minutes at the start;
+                not with tensor parallelism.
             lora: low-rank adapters instead of all weights, e.g. {r: 16, alpha: 32}; null = all
                 weights. start_from then names the weights under fresh adapters.
 
@@ -128,19 +129,20 @@ class PolicyModule(LightningModule):
         if self.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.compile_layers:
+            group = tensor_group(mesh)
+            check_compile(1 if group is None else group.size())
             for layer in decoder_layers(model):  # inside of what FSDP does around a layer
                 layer.forward = torch.compile(layer.forward, dynamic=True)
-        if self._tensor_parallel is not None:
-            split_policy(model, self._tensor_parallel)
         if mesh is not None:
             half = str(self.trainer.precision) == "bf16-mixed"
-            shard_policy(
+            place_policy(
                 model,
-                mesh["data_parallel"],
+                self.policy,
+                mesh,
+                self.trainer.strategy.root_device,
                 compute_dtype=torch.bfloat16 if half else None,
                 reshard_after_forward=self.reshard_after_forward,
             )
-            read_weights(model, self.policy, self.trainer.strategy.root_device)
         if self.lora is not None:
             start_adapters(model, self.lora.seed)
         self.model = model
@@ -193,18 +195,17 @@ class PolicyModule(LightningModule):
     def training_step(self, batch: StepBatch, batch_index: int) -> None:
         """One optimizer step: backward per micro-batch, clip, AdamW."""
         strategy, optimizer = self.trainer.strategy, self.optimizers()
-        num_ranks = 1  # with batches of their own
-        if isinstance(strategy, ParallelStrategy):
-            num_ranks = strategy.distributed_sampler_kwargs["num_replicas"]
+        _, num_ranks = data_rank(strategy)
+        group = tensor_group(self.device_mesh)
         loss = torch.zeros((), device=self.device)
         for index, micro_batch in enumerate(batch.micro_batches):
             factors = target_factors(micro_batch, batch, self.loss_norm)
             with self._gradient_sync(index == len(batch.micro_batches) - 1):
-                part = self.model.weighted_loss(micro_batch, factors)
+                part = self.model.weighted_loss(micro_batch, factors, group)
                 self.manual_backward(part * num_ranks)  # strategies average over ranks
             loss += part.detach()
-        if self._tensor_parallel is not None:
-            average_copies(list(self.parameters()), self._tensor_parallel)
+        if group is not None:
+            average_copies(list(self.parameters()), group)
         norm = clip_gradients(list(self.parameters()), self.gradient_clip_norm)
         if not torch.isfinite(norm):
             raise UserError(
@@ -231,12 +232,6 @@ class PolicyModule(LightningModule):
 
         Lightning runs that hook, and the stop rules after it, only if there is a validation loop.
         """
-
-    @property
-    def _tensor_parallel(self) -> DeviceMesh | None:
-        """This rank's tensor-parallel group, if there is one of several ranks."""
-        mesh = self.device_mesh and self.device_mesh["tensor_parallel"]
-        return mesh if mesh is not None and mesh.size() > 1 else None
 
     def _gradient_sync(self, is_last: bool) -> AbstractContextManager[None]:
         """Ranks sum up gradients at the last micro-batch; with resharding FSDP does at each."""

@@ -3,22 +3,25 @@
 Shape legend: P pairs of a batch, S distinct sequences.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
-from restem_lightning.m_step.fsdp import shard_policy
-from restem_lightning.m_step.likelihood import all_logprobs, sequence_logprobs
+from restem_lightning.m_step.likelihood import prompt_groups, sequence_logprobs
 from restem_lightning.m_step.optimization import clip_gradients
 from restem_lightning.m_step.packing import TrainingSequence
+from restem_lightning.m_step.placement import data_rank, place_policy
 from restem_lightning.m_step.step_loader import StepLoader
-from restem_lightning.m_step.weights import load_policy
+from restem_lightning.m_step.tensor_parallel import average_copies, tensor_group
+from restem_lightning.m_step.weights import empty_policy, load_policy
 
 
 class PairSet(NamedTuple):
@@ -88,12 +91,19 @@ class PreferenceModule(LightningModule):
         self.reference: Tensor | None = None  # float32 [S]; no buffer, which precision may round
 
     def configure_model(self) -> None:
-        """Loads the weights, and shards them under ModelParallelStrategy."""
-        if self.model is None:
-            model = load_policy(self.policy)
-            if self.device_mesh is not None:
-                shard_policy(model, self.device_mesh["data_parallel"])
-            self.model = model
+        """Loads the weights, split and sharded under ModelParallelStrategy.
+
+        Raises:
+            UserError: if they do not split as asked for.
+        """
+        if self.model is not None:
+            return
+        mesh = self.device_mesh
+        if mesh is None:
+            self.model = load_policy(self.policy)
+        else:
+            self.model = empty_policy(self.policy, torch.float32)
+            place_policy(self.model, self.policy, mesh, self.trainer.strategy.root_device)
 
     def configure_optimizers(self) -> AdamW:
         """AdamW without decay."""
@@ -102,9 +112,23 @@ class PreferenceModule(LightningModule):
     def on_train_start(self) -> None:
         """Scores every sequence by the reference, which the model of a new training still is."""
         if self.reference is None:
-            self.reference = all_logprobs(
-                self.model, self.data.sequences, self.device, tokens_per_batch=self.tokens_per_batch
+            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+                self.reference = self._reference_scores().cpu()
+
+    def _reference_scores(self) -> Tensor:
+        """Scores by prompts, which data-parallel ranks share out, float32 [S] on every rank."""
+        sequences, strategy = self.data.sequences, self.trainer.strategy
+        groups = list(prompt_groups(sequences, tokens_per_batch=self.tokens_per_batch))
+        rank, num_ranks = data_rank(strategy)
+        own = groups[rank::num_ranks]
+        if len(own) < math.ceil(len(groups) / num_ranks):
+            own.append(groups[0])  # all go through the model equally often
+        scores = torch.zeros(len(sequences), device=self.device)
+        for some in own:
+            scores[some] = sequence_logprobs(
+                self.model, [sequences[number] for number in some], self.device
             )
+        return strategy.reduce(scores, reduce_op="min")  # no log-probability is above 0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the scores: a resumed model is no longer the reference."""
@@ -116,8 +140,8 @@ class PreferenceModule(LightningModule):
 
     def training_step(self, batch: list[tuple[int, int]], batch_index: int) -> Tensor:
         """One optimizer step on a batch of pairs, of which each rank takes its share."""
-        num_ranks = self.trainer.world_size
-        own = batch[self.global_rank :: num_ranks]
+        rank, num_ranks = data_rank(self.trainer.strategy)
+        own = batch[rank::num_ranks]
         factor = len(own) * num_ranks / len(batch)  # strategies average over ranks
         pairs = own or batch[:1]  # a rank without any takes part in the forward pass too
         numbers = [number for pair in zip(*pairs, strict=True) for number in pair]
@@ -137,6 +161,8 @@ class PreferenceModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: AdamW) -> None:
         """Clips the gradient."""
+        if (group := tensor_group(self.device_mesh)) is not None:
+            average_copies(list(self.parameters()), group)
         clip_gradients(list(self.parameters()), self.gradient_clip_norm)
 
 

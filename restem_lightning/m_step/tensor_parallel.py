@@ -6,6 +6,7 @@ which one sum over the group makes the whole; embeddings, norms and the LM head 
 
 import re
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,7 +18,7 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from restem_lightning.errors import UserError
 from restem_lightning.m_step.shards import local
@@ -31,6 +32,16 @@ _STYLES: dict[str, ParallelStyle] = {
     # over which the gradient of its weight sums.
     "replicated_with_grad_allreduce": SequenceParallel(sequence_dim=2, use_local_output=True),
 }
+
+
+def tensor_group(mesh: DeviceMesh | None) -> DeviceMesh | None:
+    """Returns this rank's tensor-parallel group, None if it is alone in it.
+
+    Args:
+        mesh: of ModelParallelStrategy; None under another strategy.
+    """
+    group = None if mesh is None else mesh["tensor_parallel"]
+    return group if group is not None and group.size() > 1 else None
 
 
 def split_policy(model: PreTrainedModel, mesh: DeviceMesh) -> None:
@@ -128,10 +139,38 @@ def _check_sizes(model: PreTrainedModel, plan: dict[str, str], size: int) -> Non
             )
 
 
+def check_split(policy: str, size: int) -> None:
+    """Checks, without its weights, that a policy folder can be split.
+
+    Raises:
+        UserError: as `split_plan`.
+    """
+    config = AutoConfig.from_pretrained(policy)
+    with torch.device("meta"):
+        split_plan(AutoModelForCausalLM.from_config(config), size)
+
+
+def check_compile(size: int) -> None:
+    """Checks that layers may be compiled in a tensor-parallel group of this size.
+
+    torch 2.13 recurses without end where sizes of a DTensor are symbols, and with fixed sizes each
+    micro-batch would be compiled anew.
+
+    Raises:
+        UserError: they may not.
+    """
+    if size > 1:
+        raise UserError(
+            f"model.compile (true) must be false with tensor_parallel_size ({size}): torch cannot"
+            " compile split layers for any number of tokens; set one of them to false or 1"
+        )
+
+
 def average_copies(parameters: list[Tensor], mesh: DeviceMesh) -> None:
     """Averages the gradients of what each rank of a group has whole, so that copies stay copies.
 
-    They differ by rounding where a kernel sums in no fixed order.
+    They differ where the LM head saw other targets (see `weighted_loss`), and by rounding where a
+    kernel sums in no fixed order.
 
     Args:
         parameters: of which those that are split or replicated by torch are passed over.

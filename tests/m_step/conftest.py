@@ -27,6 +27,12 @@ FAMILIES = {
     "mistral": {"sliding_window": 4},
     "gemma2": {"sliding_window": 4, "head_dim": 8, "final_logit_softcapping": 2.0},
     "gemma3_text": {"sliding_window": 4, "head_dim": 8, "final_logit_softcapping": 2.0},
+    "phi": {},
+    "phi3": {},
+    "glm": {"head_dim": 8},
+    "olmo2": {},
+    "starcoder2": {},
+    "cohere2": {"sliding_window": 4, "head_dim": 8},
 }
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from restem_lightning.m_step import (
     AcceptedDataModule,
@@ -33,13 +34,35 @@ from restem_lightning.m_step.weights import empty_policy, policy_weights, read_w
 NUM_RANKS = int(os.environ["WORLD_SIZE"])
 
 
-class Watch(pl.Callback):
-    """Keeps losses and gives the best reward to optimizer step 4; may die at a given step."""
+class AllGathers(TorchDispatchMode):
+    """Counts them."""
 
-    def __init__(self, die_at):
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += operation is torch.ops.c10d._allgather_base_.default
+        return operation(*args, **(kwargs or {}))
+
+
+class Watch(pl.Callback):
+    """Keeps losses and gives the best reward to optimizer step 4; may die at a given step.
+
+    May count the all-gathers of weights and the micro-batches of each optimizer step too.
+    """
+
+    def __init__(self, die_at, counts):
         self.losses, self.norms, self.die_at = [], [], die_at
+        self.counts, self.all_gathers, self.num_micro_batches = counts, [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.num_micro_batches.append(len(batch.micro_batches))
+        self.collectives = AllGathers() if self.counts else contextlib.nullcontext()
+        self.collectives.__enter__()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.collectives.__exit__(None, None, None)
+        if self.counts:
+            self.all_gathers.append(self.collectives.count)
         self.losses.append(trainer.callback_metrics["train_loss"].item())
         self.norms.append(trainer.callback_metrics["gradient_norm"].item())
         if trainer.global_step == self.die_at:
@@ -61,7 +84,7 @@ def strategy(name, tensor_parallel_size=1):
 
 def run(case, die_at=None):
     folder = Path(case["folder"])
-    watch = Watch(die_at)
+    watch = Watch(die_at, case.get("counts", False))
     callbacks = stop_callbacks("best", folder=folder / "m_step")
     settings = dict(case["module"])
     if "lora" in settings:
@@ -88,7 +111,8 @@ def run(case, die_at=None):
     load_best(module, best.best_model_path)
     export_policy(module, folder / "best", source_policy=case["policy"])
     if trainer.is_global_zero:
-        result = {"losses": watch.losses, "norms": watch.norms, "steps": trainer.global_step}
+        kept = ("losses", "norms", "all_gathers", "num_micro_batches")
+        result = {name: getattr(watch, name) for name in kept} | {"steps": trainer.global_step}
         (folder / "result.json").write_text(json.dumps(result))
 
 

@@ -92,6 +92,8 @@ def check_like_one(name, case, alone, folder):
     assert seen == (2 if "die_at" in case else 6)
     np.testing.assert_allclose(result["losses"], losses[-seen:], rtol, err_msg=name)
     np.testing.assert_allclose(result["norms"], norms[-seen:], 5 * rtol, err_msg=name)
+    for which in ("best", "final"):
+        assert AutoConfig.from_pretrained(folder / name / which).dtype == torch.float32
     if "precision" in case:  # rounding moves small gradients of single weights by their size
         return
     for which in ("best", "final"):
@@ -104,6 +106,17 @@ def check_like_one(name, case, alone, folder):
             )
 
 
+def check_all_gathers(folder):
+    """Two decoder layers and the rest are gathered as often as reshard_after_forward says."""
+    for name in ("fsdp", "fsdp_whole"):
+        result = json.loads((folder / name / "result.json").read_text())
+        numbers = result["num_micro_batches"][1:]  # the check before the first step gathers too
+        assert max(numbers) > 1
+        expected = [5 * number for number in numbers]  # a layer for each pass, the rest for both
+        expected = expected if name == "fsdp" else [3] * len(numbers)
+        assert result["all_gathers"][1:] == expected, name
+
+
 def test_ranks_train_resume_and_export_like_one(make_policy, make_accepted, train_alone, tmp_path):
     accepted = make_accepted(size=22)  # the last optimizer step of an epoch is smaller
     policies = {"plain": make_policy(), "tied": make_policy(name="tied", tie=True)}
@@ -114,23 +127,24 @@ def test_ranks_train_resume_and_export_like_one(make_policy, make_accepted, trai
     split, unsplit = {"tensor_parallel_size": 2}, {"tensor_parallel_size": 1}
     whole = {"reshard_after_forward": False}
     bf16 = {"precision": "bf16-mixed", "rtol": 0.03}
+    again = {"activation_checkpointing": True}
     two = {
-        "fsdp": fsdp | {"like": "plain"},
+        "fsdp": fsdp | {"like": "plain", "counts": True},
         "fsdp_one_file": one_file | {"like": "tied"},
         "fsdp_killed": fsdp | {"like": "plain", "die_at": 5},
-        "fsdp_whole": fsdp | {"like": "tied", "module": whole},
+        "fsdp_whole": fsdp | {"like": "tied", "module": whole, "counts": True},
         "ddp": {"strategy": "ddp", "like": "plain"},
         "bf16": fsdp | bf16 | {"like": "plain"},
         "fsdp_lora": fsdp | {"like": "lora", "module": {"lora": LORA}},
         "split_tied": fsdp | split | {"like": "tied"},
-        "split_bf16": fsdp | split | bf16 | {"like": "plain"},
+        "split_bf16": fsdp | split | bf16 | {"like": "plain", "module": again},
         "split_lora": fsdp | split | {"like": "lora", "module": {"lora": LORA}},
         "split_to_fsdp": fsdp | split | {"like": "plain", "die_at": 5, "then": unsplit},
         "fsdp_to_split": fsdp | {"like": "plain", "die_at": 5, "then": split},
     }
     four = {
-        "four": fsdp | {"like": "tied"},
-        "four_split": one_file | split | {"like": "qwen2"},
+        "four": fsdp | {"like": "tied", "module": again},
+        "four_split": one_file | split | {"like": "qwen2", "module": again},
         "four_split_whole": fsdp | split | {"like": "gemma3_text", "module": whole},
     }
     two_to_four = {
@@ -150,6 +164,7 @@ def test_ranks_train_resume_and_export_like_one(make_policy, make_accepted, trai
     }
     for name, case in cases.items():
         check_like_one(name, case, alone, tmp_path)
+    check_all_gathers(tmp_path)
     assert not list((tmp_path / "fsdp_one_file" / "m_step").glob("*/*"))
     assert policy_hash(tmp_path / "fsdp" / "best") != policy_hash(tmp_path / "fsdp" / "final")
     for which in ("best", "final"):
@@ -181,6 +196,24 @@ def test_no_rank_holds_the_whole_model_while_it_loads(tmp_path):
         assert rank["local_bytes"] == pytest.approx(rank["whole_bytes"] / 4, rel=0.01)
         # A quarter, and what the code itself takes.
         assert rank["peak_bytes"] < 0.5 * rank["whole_bytes"]
+
+
+@pytest.mark.slow
+def test_two_ranks_with_compiled_and_recomputed_layers_train_like_one(
+    make_policy, make_accepted, train_alone, tmp_path
+):
+    accepted, policies = make_accepted(size=22), {"plain": make_policy()}
+    cases = {
+        "compiled": {
+            "strategy": "fsdp",
+            "like": "plain",
+            "module": {"compile": True, "activation_checkpointing": True},
+        }
+    }
+    prepare(cases, policies, accepted, tmp_path)
+    run_ranks(2, cases)
+    alone = {"plain": train_alone("one_plain", policies["plain"], accepted, MODULE)}
+    check_like_one("compiled", cases["compiled"], alone, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,11 +1,19 @@
+import json
+import os
 import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from restem_lightning.errors import UserError
-from restem_lightning.m_step.tensor_parallel import split_plan
+from restem_lightning.m_step.tensor_parallel import check_split, split_plan
+
+WORKER = Path(__file__).with_name("split_worker.py")
 
 SIZES = {
     "hidden_size": 48,
@@ -61,3 +69,59 @@ def test_a_plan_that_leaves_out_what_sees_split_heads_is_refused():
     del model.tp_plan["model.layers.*.self_attn.k_norm"]
     with pytest.raises(UserError, match=r"nothing of model\.layers\.0\.self_attn\.k_norm"):
         split_plan(model, 2)
+
+
+def test_a_folder_that_cannot_be_split_is_refused_without_its_weights(make_policy):
+    policy = make_policy()
+    (policy / "model.safetensors").unlink()
+    check_split(str(policy), 2)
+    with pytest.raises(UserError, match=r"\(4\) must divide .* num_key_value_heads \(2\)"):
+        check_split(str(policy), 4)
+
+
+@pytest.fixture
+def varied(make_policy):
+    """Makes a policy none of whose parameters are alike: no bias 0, no norm 1."""
+
+    def make(family):
+        folder = make_policy(family, name=family, tie=family.startswith(("gemma", "cohere")))
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(torch.randn(parameter.shape), alpha=0.2)
+        model.save_pretrained(folder)
+        return str(folder)
+
+    return make
+
+
+def test_two_ranks_get_the_gradients_and_the_verifier_of_one(varied, tmp_path):
+    # Beside those that test_fsdp.py trains: windows, caps, fused projections that are split after
+    # their product, biases of the second half, norms over all heads, a parallel residual.
+    names = ("mistral", "gemma2", "phi", "phi3", "glm", "olmo2", "starcoder2", "cohere2")
+    job = {
+        "result": str(tmp_path / "result.json"),
+        "families": {name: varied(name) for name in names},
+        "verifier": varied("llama"),
+    }
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *launcher, str(WORKER), json.dumps(job)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert set(result["families"]) == set(names)
+    for name, errors in result["families"].items():
+        worst = max(errors, key=errors.get)
+        assert errors[worst] < 1e-5, (name, worst)
+    alone = runpy.run_path(str(WORKER))["learn"](job["verifier"], None, tmp_path)
+    for learned in result["learned"].values():
+        assert learned["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        assert learned["reference"] == pytest.approx(alone["reference"], rel=1e-5)
+        assert learned["norms"] == pytest.approx(alone["norms"], rel=1e-4)
