@@ -8,7 +8,7 @@ from pathlib import Path
 from restem_lightning.completions import CompletionStore, VerdictKind
 from restem_lightning.errors import UserError
 from restem_lightning.loop.e_step import EStepParams, fill_store
-from restem_lightning.loop.ranks import barrier, is_rank_zero
+from restem_lightning.loop.ranks import barrier, is_missing, is_rank_zero
 from restem_lightning.loop.stage import Stage
 from restem_lightning.problems import Problem
 from restem_lightning.run_dir import read_json, write_json
@@ -70,7 +70,7 @@ def choose_balance(
         on_part: called after each part that this rank has written.
     """
     record = folder / "balance.json"
-    if not record.exists():
+    if is_missing(record, stage.is_leaving):
         scores = []
         for temperature in params.temperatures or (stage.params.temperature,):
             store = CompletionStore(folder / f"temperature_{temperature:g}")
@@ -93,7 +93,7 @@ def choose_balance(
         if is_rank_zero():
             best = max(scores, key=lambda row: row["score"])
             write_json(record, {**best, "scores": scores})
-        barrier(stage.is_leaving)
+        barrier(stage.is_leaving, written=record)
     best = read_json(record)
     return best["temperature"], best["threshold"]
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from restem_lightning.completions import CompletionStore, VerdictKind, from_table
 from restem_lightning.errors import UserError
 from restem_lightning.loop.mixing import human_solutions
-from restem_lightning.loop.ranks import barrier, is_rank_zero
+from restem_lightning.loop.ranks import barrier, is_missing, is_rank_zero
 from restem_lightning.loop.shared import Loop
 from restem_lightning.loop.stage import eos_ids
 from restem_lightning.loop.stoppable import StoppableTraining, stop_if_asked
@@ -121,12 +121,12 @@ def learn_verifier(
             "preference: no problem has both a correct and an incorrect completion; draw more per "
             "problem (sampling.n), or set preference.learn to never"
         )
-    if not paths.verifier.exists():
+    if is_missing(paths.verifier, loop.stop.is_leaving):
         _train(loop, paths, params, pairs, start=start, make_trainer=make_trainer)
     if is_rank_zero():
         remove_checkpoints(paths.verifier_training)
         _measure(loop, paths, params, start=start, num_pairs=len(pairs))
-    barrier(loop.stop.is_leaving)
+    barrier(loop.stop.is_leaving, written=paths.verifier_json)
 
 
 def score_evaluation(

@@ -49,13 +49,13 @@ def group_store() -> dist.Store | None:
 
 
 def roll_call() -> tuple[int, str]:
-    """Returns the lowest rank that answers, and in words who does not, with their nodes.
+    """Returns the lowest rank that answers, and who does not, with their nodes; may be empty.
 
     For ranks that have found out that one is lost: each calls it, all within ROLL_CALL_S.
     """
     store = group_store()
     if store is None:
-        return 0, "another rank"
+        return 0, ""
     rank, num_ranks = rank_and_count()
     try:
         store.set(f"restem/answer/{rank}", "")
@@ -65,7 +65,7 @@ def roll_call() -> tuple[int, str]:
         named = [_named(store, other) for other in lost]
     except dist.DistError:  # the store is gone, and with it rank 0, where it was
         return 1, f"rank 0 (node {os.environ.get('MASTER_ADDR')})"
-    return answers.index(True), " and ".join(named) or "the connection of all ranks"
+    return answers.index(True), " and ".join(named)
 
 
 def _named(store: dist.Store, rank: int) -> str:
@@ -123,6 +123,19 @@ def barrier(is_leaving: Callable[[], bool], written: Path | None = None) -> None
     any_rank(False, is_leaving)
     if written is not None:
         wait_for_file(written)
+
+
+def is_missing(path: Path, is_leaving: Callable[[], bool]) -> bool:
+    """Returns on every rank whether rank 0 misses a file: nodes may see it at other times.
+
+    Args:
+        path: of the file.
+        is_leaving: as for `any_rank`.
+
+    Raises:
+        LostRank: as `any_rank`.
+    """
+    return any_rank(is_rank_zero() and not path.exists(), is_leaving)
 
 
 def any_rank(is_so: bool, is_leaving: Callable[[], bool]) -> bool:

@@ -77,7 +77,7 @@ class Job:
         return state
 
     def told(self) -> str:
-        return self.log.read_text()[-6000:] if self.log.exists() else "no log"
+        return self.log.read_text()[-9000:] if self.log.exists() else "no log"
 
 
 @pytest.fixture(scope="session")
