@@ -93,11 +93,10 @@ class ReSTEMCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Measures the new policy and finishes the iteration."""
-        if is_missing(
-            self.paths.policy, self.loop.stop.is_leaving
-        ):  # resumed at trainer.max_steps: no on_train_end
+        is_leaving = self.loop.stop.is_leaving
+        if is_missing(self.paths.policy, is_leaving):  # resumed at max_steps: no on_train_end then
             self._export(trainer, pl_module)
-            barrier(self.loop.stop.is_leaving, written=self.paths.policy)
+            barrier(is_leaving, written=self.paths.policy)
         pl_module.model = None
         release_memory()
         self._note_memory(self.iteration, "m_step")
