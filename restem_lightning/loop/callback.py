@@ -51,12 +51,11 @@ class ReSTEMCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The E-step: here ranks are connected and no training weights are in memory yet."""
-        barrier(self.loop.stop.is_leaving, written=self.loop.run.run_json)
-        if self.iteration == 1 and is_missing(
-            self.loop.run.iteration(0).metrics, self.loop.stop.is_leaving
-        ):
+        run, is_leaving = self.loop.run, self.loop.stop.is_leaving
+        barrier(is_leaving, written=run.run_json)
+        if self.iteration == 1 and is_missing(run.iteration(0).metrics, is_leaving):
             self._measure(0, self.loop.base)
-        if is_missing(self.paths.funnel, self.loop.stop.is_leaving):
+        if is_missing(self.paths.funnel, is_leaving):
             self.e_step.run(self._stopwatch("e_step").lap)
             stop_if_asked(trainer, self.loop.stop)
         self._check_parity()

@@ -74,18 +74,18 @@ def _named(store: dist.Store, rank: int) -> str:
     return f"rank {rank}" + (f" (node {store.get(key).decode()})" if store.check([key]) else "")
 
 
-def wait_for_file(path: Path) -> None:
-    """Waits until this node sees what another rank has written before the last barrier.
+def wait_for_files(folder: Path, names: set[str]) -> None:
+    """Waits until this node lists what other ranks have written before the last barrier.
 
     Raises:
         UserError: it does not within SEEN_WITHIN_S; mostly the ranks' disks are not one.
     """
     end = time.monotonic() + SEEN_WITHIN_S
-    while not path.exists():
+    while missing := names - {path.name for path in folder.glob("*")}:
         if time.monotonic() > end:
             raise UserError(
-                f"{path} was written by another rank, and {_node()} has not seen it for "
-                f"{SEEN_WITHIN_S:g} s; give a --run_dir on a disk that all nodes share"
+                f"{folder / min(missing)} was written by another rank, and {_node()} has not seen "
+                f"it for {SEEN_WITHIN_S:g} s; give a --run_dir on a disk that all nodes share"
             )
         time.sleep(LOOK_EVERY_S)
 
@@ -114,15 +114,15 @@ def barrier(is_leaving: Callable[[], bool], written: Path | None = None) -> None
 
     Args:
         is_leaving: as for `any_rank`.
-        written: a file of another rank's that must be seen here too, see `wait_for_file`.
+        written: a file of another rank's that must be seen here too, see `wait_for_files`.
 
     Raises:
         LostRank: as `any_rank`.
-        UserError: as `wait_for_file`.
+        UserError: as `wait_for_files`.
     """
     any_rank(False, is_leaving)
     if written is not None:
-        wait_for_file(written)
+        wait_for_files(written.parent, {written.name})
 
 
 def is_missing(path: Path, is_leaving: Callable[[], bool]) -> bool:
