@@ -51,7 +51,8 @@ def group_store() -> dist.Store | None:
 def roll_call() -> tuple[int, str]:
     """Returns the lowest rank that answers, and who does not, with their nodes; may be empty.
 
-    For ranks that have found out that one is lost: each calls it, all within ROLL_CALL_S.
+    For ranks that have found out that one is lost; all must come within ROLL_CALL_S, or have come
+    to `any_rank` since they are leaving.
     """
     store = group_store()
     if store is None:
@@ -162,6 +163,8 @@ def any_rank(is_so: bool, is_leaving: Callable[[], bool]) -> bool:
     store.add(f"restem/votes/{meeting}", int(is_so))
     here = f"restem/here/{meeting}"
     num_here = store.add(here, 1)
+    if is_leaving():  # in time for the roll call of those that have waited for longer
+        store.set(f"restem/answer/{rank}", "")
     last_patient = time.monotonic()
     while num_here < num_ranks:
         time.sleep(LOOK_EVERY_S)
