@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins import TorchCheckpointIO
 
+from restem_lightning.errors import UserError
 from restem_lightning.loop.balance import BalanceParams
 from restem_lightning.loop.draw import DrawParams
 from restem_lightning.loop.e_step import EStepParams
@@ -178,10 +179,17 @@ class ReSTEMCLI(LightningCLI):
         return self.parser.parse_args(words, namespace=self.config.clone())
 
     def make_trainer(self, made: Any, **changes: Any) -> Trainer:
-        """Returns a new Trainer with the loop's callbacks behind the configured ones."""
+        """Returns a new Trainer with the loop's callbacks behind the configured ones.
+
+        Raises:
+            UserError: Lightning takes no such trainer, or not where this runs.
+        """
         self.config_init = made
         callbacks = [*(made.trainer.callbacks or []), *changes.pop("callbacks")]
-        trainer = self.instantiate_trainer(callbacks=callbacks, **changes)
+        try:
+            trainer = self.instantiate_trainer(callbacks=callbacks, **changes)
+        except (RuntimeError, ValueError) as error:  # what SLURM's variables say does not fit
+            raise UserError(f"trainer: {error}") from error
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # no plugin of the user's
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer

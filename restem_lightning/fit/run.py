@@ -116,11 +116,9 @@ def _leave_alone(run: RunDir, error: BaseException, *, command: str) -> None:
     """Ends this process where another rank has ended without a word."""
     teller, lost = roll_call()
     if rank_zero_only.rank == teller:
-        reason = "" if isinstance(error, LostRank) else f" ({str(error).splitlines()[0]})"
-        print(
-            f"\nrestem fit: {lost} was lost{reason}; {_saved(run)}; go on with: {command}",
-            file=sys.stderr,
-        )
+        reason = str(error).partition("\n")[0]
+        what = f"{lost} was lost" if lost else f"ranks do not reach each other ({reason})"
+        print(f"\nrestem fit: {what}; {_saved(run)}; go on with: {command}", file=sys.stderr)
     sys.exit(LEFT_STATUS)
 
 

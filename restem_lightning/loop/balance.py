@@ -9,7 +9,7 @@ from restem_lightning.completions import CompletionStore, VerdictKind
 from restem_lightning.errors import UserError
 from restem_lightning.loop.draw import problems_of_e_step
 from restem_lightning.loop.e_step import EStepParams, fill_store
-from restem_lightning.loop.ranks import barrier, is_rank_zero
+from restem_lightning.loop.ranks import barrier, is_missing, is_rank_zero
 from restem_lightning.loop.stage import Stage
 from restem_lightning.problems import Problem
 from restem_lightning.run_dir import read_json, write_json
@@ -71,7 +71,7 @@ def choose_balance(
         on_part: called after each part that this rank has written.
     """
     record = folder / "balance.json"
-    if not record.exists():
+    if is_missing(record, stage.is_leaving):
         # The first ones of a sorted data set would be of one subject.
         some = problems_of_e_step(
             problems, params.num_problems, e_step_index=stage.iteration - 1, seed=stage.seed
@@ -98,7 +98,7 @@ def choose_balance(
         if is_rank_zero():
             best = max(scores, key=lambda row: row["score"])
             write_json(record, {**best, "scores": scores})
-        barrier(stage.is_leaving)
+        barrier(stage.is_leaving, written=record)
     best = read_json(record)
     return best["temperature"], best["threshold"]
 

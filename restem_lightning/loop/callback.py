@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from restem_lightning.loop.evaluate import draw_evaluation, measure, total_rewar
 from restem_lightning.loop.iteration import EStep
 from restem_lightning.loop.parity import measure_parity, parity_warning
 from restem_lightning.loop.progress import Stopwatch
-from restem_lightning.loop.ranks import any_rank, barrier, is_rank_zero, rank_and_count
+from restem_lightning.loop.ranks import barrier, is_missing, is_rank_zero, rank_and_count
 from restem_lightning.loop.shared import Loop
 from restem_lightning.loop.stage import Policy, load_policy
 from restem_lightning.loop.stoppable import stop_if_asked
@@ -52,10 +51,11 @@ class ReSTEMCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The E-step: here ranks are connected and no training weights are in memory yet."""
-        barrier(self.loop.stop.is_leaving, written=self.loop.run.run_json)
-        if self.iteration == 1 and self._is_missing(self.loop.run.iteration(0).metrics):
+        run, is_leaving = self.loop.run, self.loop.stop.is_leaving
+        barrier(is_leaving, written=run.run_json)
+        if self.iteration == 1 and is_missing(run.iteration(0).metrics, is_leaving):
             self._measure(0, self.loop.base)
-        if self._is_missing(self.paths.funnel):
+        if is_missing(self.paths.funnel, is_leaving):
             self.e_step.run(self._stopwatch("e_step").lap)
             stop_if_asked(trainer, self.loop.stop)
         self._check_parity()
@@ -92,9 +92,10 @@ class ReSTEMCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Measures the new policy and finishes the iteration."""
-        if self._is_missing(self.paths.policy):  # resumed at trainer.max_steps: no on_train_end
+        is_leaving = self.loop.stop.is_leaving
+        if is_missing(self.paths.policy, is_leaving):  # resumed at max_steps: no on_train_end then
             self._export(trainer, pl_module)
-            barrier(self.loop.stop.is_leaving, written=self.paths.policy)
+            barrier(is_leaving, written=self.paths.policy)
         pl_module.model = None
         release_memory()
         self._note_memory(self.iteration, "m_step")
@@ -257,10 +258,6 @@ class ReSTEMCallback(Callback):
             remove_sequences(paths.accepted)
             loop.run.iteration(iteration - 1).optimizer.unlink(missing_ok=True)
         loop.tracker.catch_up()
-
-    def _is_missing(self, path: Path) -> bool:
-        """Returns on every rank whether rank 0 misses a file: nodes may see it at other times."""
-        return any_rank(is_rank_zero() and not path.exists(), self.loop.stop.is_leaving)
 
     def _stopwatch(self, stage: str) -> Stopwatch:
         return Stopwatch(self.paths.path / "seconds.json", stage)

@@ -12,7 +12,7 @@ from restem_lightning.completions import Completion, CompletionStore
 from restem_lightning.errors import UserError
 from restem_lightning.loop.pool_cache import shared_pool
 from restem_lightning.loop.progress import Bar, Progress
-from restem_lightning.loop.ranks import any_rank, group_store, is_rank_zero, wait_for_file
+from restem_lightning.loop.ranks import any_rank, group_store, is_rank_zero, wait_for_files
 from restem_lightning.loop.stage import Stage, verified_completions
 from restem_lightning.loop.stop_request import Stopped
 from restem_lightning.problems import Problem
@@ -178,8 +178,8 @@ def _draw_missing(
                 break
     if any_rank(stage.should_stop(), stage.is_leaving):
         raise Stopped
-    for number in range(len(parts)):  # else a selection could leave another node's parts out
-        wait_for_file(store.entry_path(number))
+    # Else a selection could leave another node's parts out.
+    wait_for_files(store.folder, {store.entry_path(number).name for number in range(len(parts))})
 
 
 def _scored(

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from restem_lightning.completions import SCHEMA, CompletionStore, VerdictKind, from_table
 from restem_lightning.errors import UserError
 from restem_lightning.loop.mixing import human_solutions
-from restem_lightning.loop.ranks import barrier, is_rank_zero
+from restem_lightning.loop.ranks import barrier, is_missing, is_rank_zero
 from restem_lightning.loop.shared import Loop
 from restem_lightning.loop.stage import eos_ids
 from restem_lightning.loop.stoppable import StoppableTraining, stop_if_asked
@@ -127,15 +127,15 @@ def learn_verifier(
     file = paths.verifier_training / "pairs"
     if is_rank_zero():
         write_pairs(file, _pairs(loop, iteration, params))
-    barrier(loop.stop.is_leaving)
+    barrier(loop.stop.is_leaving, written=file)
     data = read_pairs(file)
-    if not paths.verifier.exists():
+    if is_missing(paths.verifier, loop.stop.is_leaving):
         _train(loop, paths, params, data, start=start, make_trainer=make_trainer)
     if is_rank_zero():
         remove_checkpoints(paths.verifier_training)
         remove_pairs(file)
         _measure(loop, paths, params, start=start, num_pairs=len(data.pairs))
-    barrier(loop.stop.is_leaving)
+    barrier(loop.stop.is_leaving, written=paths.verifier_json)
 
 
 def score_evaluation(

@@ -49,13 +49,14 @@ def group_store() -> dist.Store | None:
 
 
 def roll_call() -> tuple[int, str]:
-    """Returns the lowest rank that answers, and in words who does not, with their nodes.
+    """Returns the lowest rank that answers, and who does not, with their nodes; may be empty.
 
-    For ranks that have found out that one is lost: each calls it, all within ROLL_CALL_S.
+    For ranks that have found out that one is lost; all must come within ROLL_CALL_S, or have come
+    to `any_rank` since they are leaving.
     """
     store = group_store()
     if store is None:
-        return 0, "another rank"
+        return 0, ""
     rank, num_ranks = rank_and_count()
     try:
         store.set(f"restem/answer/{rank}", "")
@@ -65,7 +66,7 @@ def roll_call() -> tuple[int, str]:
         named = [_named(store, other) for other in lost]
     except dist.DistError:  # the store is gone, and with it rank 0, where it was
         return 1, f"rank 0 (node {os.environ.get('MASTER_ADDR')})"
-    return answers.index(True), " and ".join(named) or "the connection of all ranks"
+    return answers.index(True), " and ".join(named)
 
 
 def _named(store: dist.Store, rank: int) -> str:
@@ -74,18 +75,18 @@ def _named(store: dist.Store, rank: int) -> str:
     return f"rank {rank}" + (f" (node {store.get(key).decode()})" if store.check([key]) else "")
 
 
-def wait_for_file(path: Path) -> None:
-    """Waits until this node sees what another rank has written before the last barrier.
+def wait_for_files(folder: Path, names: set[str]) -> None:
+    """Waits until this node lists what other ranks have written before the last barrier.
 
     Raises:
         UserError: it does not within SEEN_WITHIN_S; mostly the ranks' disks are not one.
     """
     end = time.monotonic() + SEEN_WITHIN_S
-    while not path.exists():
+    while missing := names - {path.name for path in folder.glob("*")}:
         if time.monotonic() > end:
             raise UserError(
-                f"{path} was written by another rank, and {_node()} has not seen it for "
-                f"{SEEN_WITHIN_S:g} s; give a --run_dir on a disk that all nodes share"
+                f"{folder / min(missing)} was written by another rank, and {_node()} has not seen "
+                f"it for {SEEN_WITHIN_S:g} s; give a --run_dir on a disk that all nodes share"
             )
         time.sleep(LOOK_EVERY_S)
 
@@ -114,15 +115,28 @@ def barrier(is_leaving: Callable[[], bool], written: Path | None = None) -> None
 
     Args:
         is_leaving: as for `any_rank`.
-        written: a file of another rank's that must be seen here too, see `wait_for_file`.
+        written: a file of another rank's that must be seen here too, see `wait_for_files`.
 
     Raises:
         LostRank: as `any_rank`.
-        UserError: as `wait_for_file`.
+        UserError: as `wait_for_files`.
     """
     any_rank(False, is_leaving)
     if written is not None:
-        wait_for_file(written)
+        wait_for_files(written.parent, {written.name})
+
+
+def is_missing(path: Path, is_leaving: Callable[[], bool]) -> bool:
+    """Returns on every rank whether rank 0 misses a file: nodes may see it at other times.
+
+    Args:
+        path: of the file.
+        is_leaving: as for `any_rank`.
+
+    Raises:
+        LostRank: as `any_rank`.
+    """
+    return any_rank(is_rank_zero() and not path.exists(), is_leaving)
 
 
 def any_rank(is_so: bool, is_leaving: Callable[[], bool]) -> bool:
@@ -149,6 +163,8 @@ def any_rank(is_so: bool, is_leaving: Callable[[], bool]) -> bool:
     store.add(f"restem/votes/{meeting}", int(is_so))
     here = f"restem/here/{meeting}"
     num_here = store.add(here, 1)
+    if is_leaving():  # in time for the roll call of those that have waited for longer
+        store.set(f"restem/answer/{rank}", "")
     last_patient = time.monotonic()
     while num_here < num_ranks:
         time.sleep(LOOK_EVERY_S)

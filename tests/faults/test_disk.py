@@ -5,9 +5,12 @@ from functools import partial
 
 import pytest
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
 
 from restem_lightning.completions import CompletionStore
+from restem_lightning.fit import run as fit_run
 from restem_lightning.loop import callback, iteration
+from restem_lightning.m_step import datamodule
 from restem_lightning.run_dir import TEMP_SUFFIX
 from tests.faults.conftest import SETTINGS, do_before
 
@@ -17,6 +20,11 @@ WRITES = {
     "accepted dataset": ("accepted", iteration, "write_accepted", 1, 4096),
     "checkpoint": ("m_step", Trainer, "save_checkpoint", 3, 1 << 20),
     "export": ("m_step", callback, "export_policy", 1, 1 << 20),
+    "funnel": ("accepted", iteration, "write_json", 1, 0),
+    "tokens to train on": ("m_step", datamodule, "write_sequences", 1, 0),
+    "log of the M-step": ("m_step", CSVLogger, "save", 1, 0),
+    "part of the evaluation": ("m_step", CompletionStore, "write_part", 1, 0),
+    "report": ("m_step", fit_run, "write_report", 1, 0),
     "metrics": ("m_step", callback.ReSTEMCallback, "_finish", 1, 0),
 }
 
@@ -40,7 +48,7 @@ def test_a_write_that_fails_is_one_line_and_the_same_command_goes_on(
         assert line.startswith("restem fit: error: ")
         assert re.search(r" \(\S+\); ", line)  # which file
         assert "same command" in line
-        assert not run.iteration(1).manifest.exists()
+        assert run.iteration(1).manifest.exists() == (written == "report")
     resumed = restem(*words)
     assert resumed.code == 0, resumed.err
     assert outcome(run, 1) == outcome(whole, 1)

@@ -77,7 +77,7 @@ class Job:
         return state
 
     def told(self) -> str:
-        return self.log.read_text()[-6000:] if self.log.exists() else "no log"
+        return self.log.read_text()[-9000:] if self.log.exists() else "no log"
 
 
 @pytest.fixture(scope="session")
@@ -101,12 +101,13 @@ def cluster(tmp_path_factory) -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def submit(cluster) -> Callable[..., Job]:
-    """Submits `scripts/launch.sbatch` on both nodes."""
+    """Submits `scripts/launch.sbatch` on both nodes; keywords go into its environment."""
 
-    def run(words: list[str], log: Path, *options: str) -> Job:
+    def run(words: list[str], log: Path, *options: str, **environment: str) -> Job:
         command = ["sbatch", "--parsable", "--nodes", "2", "--ntasks-per-node", "1"]
         command += ["--output", str(log), *options, "scripts/launch.sbatch", *words]
-        done = subprocess.run(command, cwd=ROOT, env=cluster, capture_output=True, text=True)
+        environment = cluster | environment
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return Job(done.stdout.strip(), log, cluster)
 

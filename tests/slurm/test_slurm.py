@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from restem_lightning.run_dir import RunDir, read_json
+from tests.slurm.conftest import Job
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slurm
@@ -49,7 +50,7 @@ def in_e_step(run):
 
 
 def in_m_step(run):
-    return any(run.iteration(1).m_step.glob("last-*.ckpt"))
+    return any(run.iteration(1).m_step.glob("last-*.ckpt/meta.pt"))
 
 
 def in_export(run):
@@ -78,6 +79,23 @@ def test_a_job_preempted_in_each_stage_ends_like_one_that_was_not(
     assert outcome(run, 1) == outcome(whole, 1)
     names = {path.name.split("-")[-1] for path in run.path.glob("wandb/offline-run-*")}
     assert names == {read_json(run.run_json)["wandb_run_id"]}
+
+
+def test_each_task_of_an_array_is_requeued_alone(submit, tmp_path):
+    program = f"{ROOT / 'tests' / 'slurm' / 'rank.sh'}"
+    options = ("--array", "1-2", "--nodes", "1")
+    job = submit(["stops"], tmp_path / "log-%a", *options, RESTEM=program)
+    for task in (1, 2):
+        one = Job(f"{job.number}_{task}", tmp_path / f"log-{task}", job.environment)
+        assert one.wait_for_end() == "COMPLETED", one.told()
+        assert one.field("Restarts") == "1"
+
+
+def test_the_status_of_the_rank_that_failed_is_the_jobs_and_requeues_nothing(submit, tmp_path):
+    program = f"{ROOT / 'tests' / 'slurm' / 'rank.sh'}"
+    job = submit(["fails"], tmp_path / "log", RESTEM=program)
+    assert job.wait_for_end() == "FAILED", job.told()
+    assert (job.field("ExitCode"), job.field("Restarts")) == ("2:0", "0")
 
 
 @pytest.mark.slow
@@ -124,7 +142,7 @@ def test_a_killed_rank_is_named_with_its_node_and_the_run_can_go_on(
         os.kill(job.process_of(rank), signal.SIGKILL)
         assert job.wait_for_end() == "FAILED", job.told()
         assert job.field("Restarts") == "0"
-        (line,) = [line for line in log.read_text().splitlines() if "was lost" in line][:1]
+        (line,) = [line for line in job.told().splitlines() if line.startswith("restem fit: rank")]
         node = "127.0.0.1" if rank == 0 else "n2"  # with rank 0 the store of their names is lost
         assert line.startswith(f"restem fit: rank {rank} (node {node}) was lost"), job.told()
         assert f"the {kept} of iteration 1" in line
