@@ -283,6 +283,7 @@ def check_line(result, named, verb="fit"):
         (["evaluate", "--problems", "x", "--k", "one"], ["k (one)"]),
         (["evaluate", "--problems", "x", "--n", "2", "--k", "4"], ["[4]", "n (2)"]),
         (["evaluate", "--problems", "nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["evaluate", "--problems", "x", "--n", "0", "--no_greedy"], ["n (0)", "--no_greedy"]),
         (["sample", "--problems", "x"], ["output", "required"]),
         (["verify", "--verifier", "math", "--input", "nowhere", "--output", "y"], ["nowhere"]),
         (["verify", "--verifier", "nope", "--input", "nowhere", "--output", "y"], ["nope"]),
@@ -308,6 +309,12 @@ def test_a_policy_without_tokenizer_is_one_line(restem, fit_words, tmp_path):
     shutil.copytree(EMBEDDED_POLICY, tmp_path / "p", ignore=shutil.ignore_patterns("tokenizer*"))
     result = restem(*fit_words(tmp_path / "run", policy=tmp_path / "p"))
     check_line(result, [str(tmp_path / "p"), "tokenizer"])
+
+
+def test_no_problem_is_one_line(restem, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    line = restem("evaluate", "--problems", tmp_path / "empty.jsonl")
+    check_line(line, ["error: problems is empty"], "evaluate")
 
 
 def test_problems_without_reference_answers_are_one_line(restem, fit_words, tmp_path):
