@@ -2,7 +2,9 @@
 
 import errno
 import importlib
+import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,7 +30,8 @@ MODULES = {"fit": "fit", "compare": "compare", "plan": "plan.command"}
 
 # A place that cannot be written is for the user to mend; any other OSError is a fault of ours.
 UNWRITABLE = (
-    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
+    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EISDIR, errno.ENOSPC, errno.ENOTDIR,
+    errno.EPERM, errno.EROFS,
 )  # fmt: skip
 
 
@@ -44,6 +47,8 @@ def main(args: Sequence[str] | None = None) -> None:
         print(__version__ if verb == "--version" else _usage())
         return
     _quiet_libraries()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a log file shows a line when it is printed
+        sys.stdout.reconfigure(line_buffering=True)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a user's own classes lie beside their configs
     try:
@@ -52,6 +57,10 @@ def main(args: Sequence[str] | None = None) -> None:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         print(f"restem {verb}: error: {' '.join(lines)}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # `| head` has what it wants
+        print(f"restem {verb}: stopped, the reader of its output is gone", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains at its end
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise

@@ -219,6 +219,8 @@ def evaluate(words: list[str]) -> None:
         temperature=made.temperature,
         top_p=made.top_p,
     )
+    if not (made.greedy or made.n):
+        raise UserError("n (0) with --no_greedy measures nothing; give one of them")
     name = Path(made.problems).name.split(".")[0]
     digest = hashlib.sha256(parser.dump(config).encode()).hexdigest()[:8]
     output = Path(made.output or f"runs/evaluate/{Path(made.policy).name}-{name}-{digest}")

@@ -63,14 +63,16 @@ class RunDir:
     def held(self) -> Iterator[None]:
         """Keeps other processes out of the folder until the block or this process ends.
 
-        Rank 0 alone takes the lock. Where the file system has no locks, there is none.
+        Rank 0 alone takes the lock. Where the file system has none for files that are only read,
+        as NFS, there is none: a file open for writing would keep a disk from being remounted.
 
         Raises:
             UserError: another process has it, or the folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = self.lock.open("w")
+            self.lock.touch()
+            file = self.lock.open()
         except OSError as error:
             raise _unwritable(self.path, error) from error
         with file:

@@ -16,4 +16,5 @@ if [ "$(cat ".venv/installed-${extras:-plain}" 2>/dev/null)" != "$wanted" ]; the
     pip install --quiet --disable-pip-version-check --constraint constraints.txt "torch==2.13.0"
     pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".${extras:+[$extras]}"
     echo "$wanted" > ".venv/installed-${extras:-plain}"
+    echo "Installed; \`. .venv/bin/activate\` puts restem on the PATH of your shell, too."
 fi

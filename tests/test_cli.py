@@ -1,7 +1,9 @@
 """The command line as a user meets it: help, verbs, and one line for each mistake."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -63,6 +65,27 @@ def test_without_a_verb_all_verbs_are_explained(words, restem):
 
 def test_version(restem):
     assert restem("--version").out == f"{__version__}\n"
+
+
+def test_output_into_a_closed_pipe_ends_in_one_line(tmp_path):
+    (tmp_path / "iteration_0").mkdir()
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "restem_lightning", "report", "--json", str(tmp_path)]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert done.stderr == "restem report: stopped, the reader of its output is gone\n"
+
+
+def test_a_line_reaches_a_log_file_when_it_is_printed(tmp_path):
+    (tmp_path / "iteration_0").mkdir()
+    code = (
+        "import os\nfrom restem_lightning.cli import main\n"
+        f"main(['report', '--json', {str(tmp_path)!r}])\nos._exit(0)"  # as a kill: no flush
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert json.loads(done.stdout)[str(tmp_path)]["iterations"]
 
 
 def test_the_module_is_the_command():
@@ -260,10 +283,12 @@ def check_line(result, named, verb="fit"):
         (["evaluate", "--problems", "x", "--k", "one"], ["k (one)"]),
         (["evaluate", "--problems", "x", "--n", "2", "--k", "4"], ["[4]", "n (2)"]),
         (["evaluate", "--problems", "nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["evaluate", "--problems", "x", "--n", "0", "--no_greedy"], ["n (0)", "--no_greedy"]),
         (["sample", "--problems", "x"], ["output", "required"]),
         (["verify", "--verifier", "math", "--input", "nowhere", "--output", "y"], ["nowhere"]),
         (["verify", "--verifier", "nope", "--input", "nowhere", "--output", "y"], ["nope"]),
         (["report", "/nowhere"], ["/nowhere"]),
+        (["report", "/dev"], ["/dev", "run.json"]),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(words, named, restem):
@@ -284,6 +309,12 @@ def test_a_policy_without_tokenizer_is_one_line(restem, fit_words, tmp_path):
     shutil.copytree(EMBEDDED_POLICY, tmp_path / "p", ignore=shutil.ignore_patterns("tokenizer*"))
     result = restem(*fit_words(tmp_path / "run", policy=tmp_path / "p"))
     check_line(result, [str(tmp_path / "p"), "tokenizer"])
+
+
+def test_no_problem_is_one_line(restem, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    line = restem("evaluate", "--problems", tmp_path / "empty.jsonl")
+    check_line(line, ["error: problems is empty"], "evaluate")
 
 
 def test_problems_without_reference_answers_are_one_line(restem, fit_words, tmp_path):

@@ -28,7 +28,7 @@ def load_problems(made: Any, verifiers: VerifierPool) -> dict[str, list[Problem]
             problems[name] = _apart(name, problems[name], others)
             others += problems[name]
     return {
-        name: prepare_problems(some, verifiers, name=name, warn=say)
+        name: prepare_problems(some, verifiers, name=f"problems.{name}", warn=say)
         for name, some in problems.items()
     }
 

@@ -223,20 +223,20 @@ def prepare_problems(
         UserError: there is no problem, none has a reference, or the verifier accepts none.
     """
     if not problems:
-        raise UserError(f"problems.{name} is empty; check its path, split and num")
+        raise UserError(f"{name} is empty; check its path, split and num")
     kept, dropped = check_references(problems, verifiers)
     if not kept:
         problem, verdict = dropped[0]
         raise UserError(
-            f"problems.{name}: the verifier accepts the reference of none of the {len(problems)} "
+            f"{name}: the verifier accepts the reference of none of the {len(problems)} "
             f"problems ({problem.problem_id}: {verdict.kind.value}, {verdict.detail}); give "
             "problems with reference answers, or the verifier that fits them"
         )
     for problem, verdict in dropped[:5]:
         warn(
-            f"problems.{name}: {problem.problem_id} is dropped, its own reference is judged "
+            f"{name}: {problem.problem_id} is dropped, its own reference is judged "
             f"{verdict.kind.value} ({verdict.detail})"
         )
     if len(dropped) > 5:
-        warn(f"problems.{name}: {len(dropped) - 5} more are dropped for the same kind of reason")
+        warn(f"{name}: {len(dropped) - 5} more are dropped for the same kind of reason")
     return kept

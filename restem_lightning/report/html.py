@@ -45,7 +45,7 @@ def collect_metrics(run_dirs: Sequence[str | os.PathLike[str]]) -> dict[str, Any
         metrics and funnel are the content of the files, None where there is none yet.
 
     Raises:
-        UserError: a folder does not exist, or one of its files is not JSON.
+        UserError: a folder is not that of a run, or one of its files is not JSON.
     """
     return {str(path): {"iterations": _iterations(RunDir(path))} for path in run_dirs}
 
@@ -143,6 +143,11 @@ def _write_page(output: str | os.PathLike[str], title: str, body: Sequence[str])
 def _iterations(run: RunDir) -> list[dict[str, Any]]:
     if not run.path.is_dir():
         raise UserError(f"run_dir ({run.path}) must be the folder of a run; it does not exist")
+    if not (run.iterations() or run.run_json.exists()):
+        raise UserError(
+            f"run_dir ({run.path}) must be the folder of a run; it holds neither a run.json nor an "
+            "iteration_<t>: give the folder that `restem fit` was given as --run_dir"
+        )
     entries = []
     for number in run.iterations():
         paths = run.iteration(number)

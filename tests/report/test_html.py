@@ -156,7 +156,7 @@ def test_names_are_escaped(tmp_path):
 
 
 def test_a_run_without_metrics_still_has_a_report(tmp_path):
-    (tmp_path / "a").mkdir()
+    write_json(tmp_path / "a" / "run.json", {})
     page = write_report([tmp_path / "a"], tmp_path / "report.html").read_text()
     assert "No iteration has been evaluated yet" in page
 
