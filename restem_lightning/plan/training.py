@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from lightning.pytorch import Callback
 from transformers import AutoTokenizer
 
@@ -27,12 +28,12 @@ from restem_lightning.loop.weights import hand_over, release_memory
 from restem_lightning.m_step.datamodule import AcceptedDataModule
 from restem_lightning.m_step.export import export_policy
 from restem_lightning.m_step.packing import StepBatch, TrainingSequence, pack_step
-from restem_lightning.m_step.preference import PreferenceModule, pair_loader, pair_set
+from restem_lightning.m_step.preference import PairSet, PreferenceModule, pair_loader
 from restem_lightning.m_step.step_loader import StepLoader
 from restem_lightning.plan.costs import Learning
 from restem_lightning.problems import Problem
 from restem_lightning.prompts import encode_prompt
-from restem_lightning.selection.pairs import preference_pairs
+from restem_lightning.selection.pairs import stream_pairs
 
 OPTIMIZER_STEPS = 5  # at the most; the first is not counted
 
@@ -224,16 +225,19 @@ def try_verifier(
         num_ranks: that share an optimizer step.
     """
     params: PreferenceParams = made.preference
-    pairs = preference_pairs([store], eos_ids=eos_ids(loop.base))
-    problems = store.read(["problem_id"])["problem_id"].unique()
-    mixed = {pair.correct.prompt_ids for pair in pairs}
-    distinct = {one for pair in pairs for one in pair}
-    completions = [one.completion_ids for one in sorted(distinct)]
-    completions = completions or store.read(["completion_ids"])["completion_ids"].to_pylist()
+    drawn = store.read(["problem_id", "completion_ids"])
+    pieces = list(stream_pairs([store], eos_ids=eos_ids(loop.base)))
+    distinct = pa.concat_tables([rows for rows, _ in pieces]) if pieces else drawn.slice(0, 0)
+    completions = (distinct if pieces else drawn)["completion_ids"].to_pylist()
+    num_mixed = len(distinct["problem_id"].unique())
     batch_size = math.ceil(params.batch_size / num_ranks)
-    prompts = [tuple(one.prompt) for one in real_sequences(loop, completions, batch_size)]
-    halves = cycle(tuple(completion) for completion in completions)
-    data = pair_set([((one, next(halves)), (one, next(halves))) for one in prompts])
+    halves = cycle(completions)
+    sequences = [
+        TrainingSequence(np.array([*one.prompt, *next(halves)], np.int32), one.prompt_length, 1.0)
+        for one in real_sequences(loop, completions, batch_size)
+        for _ in ("correct", "incorrect")
+    ]
+    data = PairSet(sequences, np.arange(len(sequences), dtype=np.int32).reshape(-1, 2))
     module = PreferenceModule(
         loop.base,
         data,
@@ -251,9 +255,9 @@ def try_verifier(
     release_memory()
     load_s = clock.times[1] - clock.times[0]
     return Learning(
-        mixed_share=len(mixed) / len(problems),
-        pairs=len(pairs) / max(1, len(mixed)),
-        sequences=len(distinct) / max(1, len(mixed)),
+        mixed_share=num_mixed / len(drawn["problem_id"].unique()),
+        pairs=sum(len(pairs) for _, pairs in pieces) / max(1, num_mixed),
+        sequences=len(distinct) / max(1, num_mixed),
         pair_s=clock.steps[0] / batch_size,
         sequence_s=(clock.times[2] - clock.times[1]) / len(data.sequences),
         load_s=2 * load_s + export_s,

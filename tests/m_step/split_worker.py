@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from restem_lightning.m_step.packing import TrainingSequence, pack_step
 from restem_lightning.m_step.placement import place_policy
-from restem_lightning.m_step.preference import PreferenceModule, pair_loader, pair_set
+from restem_lightning.m_step.preference import PairSet, PreferenceModule, pair_loader
 from restem_lightning.m_step.shards import whole
 from restem_lightning.m_step.tensor_parallel import average_copies
 from restem_lightning.m_step.weights import empty_policy, load_policy, policy_weights
@@ -50,11 +50,12 @@ def gradient_errors(policy, mesh):
 def learn(policy, sizes, folder):
     """Trains a verifier; returns its losses and a norm of each weight."""
     prompts, draw = [(5, 9, 3), (4, 6), (8,)], np.random.default_rng(0)
-    pairs = [
-        tuple((prompt, tuple(draw.integers(2, 60, 4).tolist())) for _ in range(2))
+    sequences = [
+        TrainingSequence(np.array([*prompt, *draw.integers(2, 60, 4)], np.int32), len(prompt), 1.0)
         for prompt in prompts * 3
+        for _ in range(2)
     ]
-    data, losses = pair_set(pairs), []
+    data, losses = PairSet(sequences, np.arange(18, dtype=np.int32).reshape(-1, 2)), []
     module = PreferenceModule(
         policy, data, beta=0.1, learning_rate=1e-3, tokens_per_batch=16, gradient_clip_norm=0.05
     )
