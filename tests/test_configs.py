@@ -1,6 +1,5 @@
 from pathlib import Path
 
-import jsonargparse
 import pytest
 import yaml
 
@@ -55,7 +54,7 @@ def test_the_quickstart_is_what_other_tests_and_the_documents_call_it():
 def test_an_unknown_key_in_a_config_is_refused(text, tmp_path):
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(text)
-    with pytest.raises(jsonargparse.ArgumentError):
+    with pytest.raises(UserError, match=r"not accept.*did you mean"):
         parse("--config", QUICKSTART, "--config", overlay)
 
 

@@ -86,7 +86,7 @@ def test_a_bad_line_is_refused_by_its_number(tmp_path, line, message):
         read_problems(path)
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"{}\n" * 99)[:20]])
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"{}\n", mtime=0)[:12]])
 def test_a_damaged_compressed_file_is_the_users_mistake(tmp_path, content):
     path = tmp_path / "problems.jsonl.gz"
     path.write_bytes(content)

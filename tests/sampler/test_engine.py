@@ -1,5 +1,7 @@
 """How completions end, what the engine refuses, and new weights."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -256,8 +258,8 @@ def test_missing_unknown_and_misshapen_weights_are_refused(
         sampler.update_weights(named.items())
 
 
-def test_a_policy_that_lacks_weights_is_refused(make_policy):
-    policy = make_policy()
+def test_a_policy_that_lacks_weights_is_refused(make_policy, tmp_path):
+    policy = shutil.copytree(make_policy(), tmp_path / "policy")
     weights = load_file(policy / "model.safetensors")
     lacking = [name for name in weights if "layers.1.mlp" in name]
     rest = {name: weight for name, weight in weights.items() if name not in lacking}
