@@ -21,7 +21,7 @@ def sample(words: list[str]) -> None:
     Raises:
         UserError: for a user's mistake.
     """
-    from restem_lightning.completions import CompletionStore
+    from restem_lightning.completion_store import CompletionStore
     from restem_lightning.loop.e_step import EStepParams
     from restem_lightning.loop.parity import measure_parity, parity_warning
     from restem_lightning.loop.quota import check_quota, count_skipped

@@ -100,7 +100,7 @@ def fit_words() -> Callable[..., list[str]]:
 def outcome() -> Callable[[Any, int], dict]:
     """Returns what a resumed iteration must have in common with an uninterrupted one."""
 
-    from restem_lightning.completions import CompletionStore
+    from restem_lightning.completion_store import CompletionStore
     from restem_lightning.run_dir import read_json
 
     def of(run: Any, iteration: int) -> dict:

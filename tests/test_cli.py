@@ -11,7 +11,7 @@ import pytest
 
 from restem_lightning import __version__
 from restem_lightning.cli import VERBS
-from restem_lightning.completions import CompletionStore
+from restem_lightning.completion_store import CompletionStore
 from restem_lightning.problems import WordProblems, write_problems
 from restem_lightning.run_dir import RunDir, read_json
 from restem_lightning.settings import EMBEDDED_POLICY

@@ -3,10 +3,10 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
+from restem_lightning.completion_store import CompletionStore
 from restem_lightning.completions import (
     SCHEMA,
     Completion,
-    CompletionStore,
     Verdict,
     VerdictKind,
     from_table,

@@ -13,6 +13,7 @@ NOUNS = (
     "problems",
     "prompts",
     "completions",
+    "completion_store",
     "equations",
     "selection",
     "metrics",

@@ -3,7 +3,8 @@
 import numpy as np
 import pyarrow as pa
 
-from restem_lightning.completions import CompletionStore, VerdictKind
+from restem_lightning.completion_store import CompletionStore
+from restem_lightning.completions import VerdictKind
 from restem_lightning.selection import ACCEPTED_SCHEMA, buckets
 from restem_lightning.selection.pairs import stream_pairs
 from tests.factories import make_completion

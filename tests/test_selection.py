@@ -7,13 +7,8 @@ from itertools import pairwise
 import pyarrow as pa
 import pytest
 
-from restem_lightning.completions import (
-    Completion,
-    CompletionStore,
-    Verdict,
-    VerdictKind,
-    to_table,
-)
+from restem_lightning.completion_store import CompletionStore
+from restem_lightning.completions import Completion, Verdict, VerdictKind, to_table
 from restem_lightning.equations import equations
 from restem_lightning.errors import UserError
 from restem_lightning.selection import (

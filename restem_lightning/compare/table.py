@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from restem_lightning.compare.statistics import crossed_bootstrap, mcnemar
-from restem_lightning.completions import CompletionStore, VerdictKind
+from restem_lightning.completion_store import CompletionStore
+from restem_lightning.completions import VerdictKind
 from restem_lightning.errors import UserError
 from restem_lightning.metrics import pass_at_k
 from restem_lightning.run_dir import RunDir, read_json

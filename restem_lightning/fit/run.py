@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from restem_lightning.completions import CompletionStore
+from restem_lightning.completion_store import CompletionStore
 from restem_lightning.errors import UserError
 from restem_lightning.fit.assembly import load_problems, make_loop
 from restem_lightning.fit.checks import check_policies, check_settings, iterations_that_differ

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from restem_lightning.completions import CompletionStore, VerdictKind
+from restem_lightning.completion_store import CompletionStore
+from restem_lightning.completions import VerdictKind
 from restem_lightning.errors import UserError
 from restem_lightning.loop.draw import problems_of_e_step
 from restem_lightning.loop.e_step import EStepParams, fill_store

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from restem_lightning.completions import CompletionStore
+from restem_lightning.completion_store import CompletionStore
 from restem_lightning.errors import UserError
 from restem_lightning.loop.evaluate import draw_evaluation, measure, total_reward
 from restem_lightning.loop.iteration import EStep

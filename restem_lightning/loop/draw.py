@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from restem_lightning.completions import CompletionStore
+from restem_lightning.completion_store import CompletionStore
 from restem_lightning.errors import UserError
 from restem_lightning.loop.e_step import EStepParams, fill_store
 from restem_lightning.loop.ranks import barrier

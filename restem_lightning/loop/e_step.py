@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from restem_lightning.completions import Completion, CompletionStore
+from restem_lightning.completion_store import CompletionStore
+from restem_lightning.completions import Completion
 from restem_lightning.errors import UserError
 from restem_lightning.loop.pool_cache import shared_pool
 from restem_lightning.loop.progress import Bar, Progress

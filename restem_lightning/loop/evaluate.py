@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from restem_lightning.completions import CompletionStore, VerdictKind
+from restem_lightning.completion_store import CompletionStore
+from restem_lightning.completions import VerdictKind
 from restem_lightning.errors import UserError
 from restem_lightning.loop.e_step import EStepParams, fill_store
 from restem_lightning.loop.stage import Stage, verified_completions

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 from transformers import AutoTokenizer
 
-from restem_lightning.completions import CompletionStore
+from restem_lightning.completion_store import CompletionStore
 from restem_lightning.loop.balance import choose_balance
 from restem_lightning.loop.draw import draw_pools, pool_stores, problems_of_e_step
 from restem_lightning.loop.mixing import mix

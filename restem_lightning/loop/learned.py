@@ -12,7 +12,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoTokenizer
 
-from restem_lightning.completions import SCHEMA, CompletionStore, VerdictKind, from_table
+from restem_lightning.completion_store import CompletionStore
+from restem_lightning.completions import SCHEMA, VerdictKind, from_table
 from restem_lightning.errors import UserError
 from restem_lightning.loop.mixing import human_solutions
 from restem_lightning.loop.ranks import barrier, is_missing, is_rank_zero

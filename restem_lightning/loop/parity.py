@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from restem_lightning.completions import CompletionStore
+from restem_lightning.completion_store import CompletionStore
 from restem_lightning.m_step.likelihood import prompt_groups, token_logprobs
 from restem_lightning.m_step.packing import TrainingSequence
 from restem_lightning.m_step.weights import load_policy

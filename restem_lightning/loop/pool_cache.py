@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from restem_lightning.completions import CompletionStore
+from restem_lightning.completion_store import CompletionStore
 from restem_lightning.loop.ranks import barrier, is_distributed, is_rank_zero
 from restem_lightning.run_dir import TEMP_SUFFIX, atomic_path, settings_hash, write_json
 

@@ -3,7 +3,8 @@
 import json
 from collections.abc import Hashable, Iterable, Sequence
 
-from restem_lightning.completions import Completion, CompletionStore
+from restem_lightning.completion_store import CompletionStore
+from restem_lightning.completions import Completion
 from restem_lightning.errors import UserError
 from restem_lightning.selection import SelectionParams, dedupe_key, is_acceptable, limit_of
 

@@ -4,7 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from restem_lightning.completions import Completion, CompletionStore
+from restem_lightning.completion_store import CompletionStore
+from restem_lightning.completions import Completion
 from restem_lightning.errors import UserError
 from restem_lightning.loop.stage import Policy
 from restem_lightning.m_step.export import policy_hash

@@ -17,7 +17,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from restem_lightning.completions import CompletionStore
+from restem_lightning.completion_store import CompletionStore
 from restem_lightning.errors import UserError
 from restem_lightning.loop.journal import Entry, Journal, Mirror, say, warned
 from restem_lightning.loop.redact import redact

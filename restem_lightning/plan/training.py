@@ -19,7 +19,7 @@ import pyarrow as pa
 from lightning.pytorch import Callback
 from transformers import AutoTokenizer
 
-from restem_lightning.completions import CompletionStore
+from restem_lightning.completion_store import CompletionStore
 from restem_lightning.loop.callback import VALIDATION_CACHE_TOKENS
 from restem_lightning.loop.learned import PreferenceParams
 from restem_lightning.loop.shared import Loop

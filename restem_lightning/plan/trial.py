@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from restem_lightning.completions import CompletionStore
+from restem_lightning.completion_store import CompletionStore
 from restem_lightning.loop.e_step import fill_store
 from restem_lightning.loop.parity import measure_parity
 from restem_lightning.loop.shared import Loop

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from restem_lightning.completions import CompletionStore, VerdictKind
+from restem_lightning.completion_store import CompletionStore
+from restem_lightning.completions import VerdictKind
 from restem_lightning.selection.accepted import end_with_eos
 from restem_lightning.selection.buckets import Buckets
 from restem_lightning.selection.select import empty_buckets

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from restem_lightning.completions import CompletionStore, VerdictKind
+from restem_lightning.completion_store import CompletionStore
+from restem_lightning.completions import VerdictKind
 from restem_lightning.errors import UserError
 from restem_lightning.selection.accepted import ACCEPTED_SCHEMA
 from restem_lightning.selection.buckets import Buckets

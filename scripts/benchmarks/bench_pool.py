@@ -31,7 +31,7 @@ CORRECT_SHARE = 0.5
 
 def write_parts(folder: Path, num_problems: int, tokens: int) -> np.ndarray:
     """Writes the pool, part by part, as an E-step does; returns `clock` of the writing alone."""
-    from restem_lightning.completions import CompletionStore
+    from restem_lightning.completion_store import CompletionStore
 
     rng, store, seconds = (
         np.random.default_rng(0),
@@ -57,7 +57,8 @@ def copy_parts(folder: Path, num_problems: int, tokens: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from restem_lightning.completions import SCHEMA, CompletionStore
+    from restem_lightning.completion_store import CompletionStore
+    from restem_lightning.completions import SCHEMA
     from restem_lightning.run_dir import sha256_of, write_json
 
     write_parts(folder, PROBLEMS_PER_PART, tokens)
@@ -109,14 +110,14 @@ def make_completion(
 
 def check(folder: Path, *_: int) -> None:
     """Compares every part with its checksum."""
-    from restem_lightning.completions import CompletionStore
+    from restem_lightning.completion_store import CompletionStore
 
     CompletionStore(folder / "completions").verify_checksums()
 
 
 def select(folder: Path, *_: int) -> None:
     """Selects at most 10 a problem, distinct ones, and writes the accepted dataset."""
-    from restem_lightning.completions import CompletionStore
+    from restem_lightning.completion_store import CompletionStore
     from restem_lightning.selection import (
         SelectionParams,
         end_with_eos,

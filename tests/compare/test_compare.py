@@ -10,7 +10,7 @@ import time
 import pytest
 import yaml
 
-from restem_lightning.completions import CompletionStore
+from restem_lightning.completion_store import CompletionStore
 from restem_lightning.loop.pool_cache import is_shared
 from restem_lightning.run_dir import RunDir, read_json
 

@@ -7,7 +7,8 @@ from restem_lightning.compare.table import (
     read_outcome,
     text_table,
 )
-from restem_lightning.completions import CompletionStore, VerdictKind
+from restem_lightning.completion_store import CompletionStore
+from restem_lightning.completions import VerdictKind
 from restem_lightning.errors import UserError
 from restem_lightning.run_dir import RunDir, write_json
 from tests.factories import make_completion

@@ -7,7 +7,7 @@ import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from restem_lightning.completions import CompletionStore
+from restem_lightning.completion_store import CompletionStore
 from restem_lightning.fit import run as fit_run
 from restem_lightning.loop import callback, iteration
 from restem_lightning.m_step import datamodule

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from restem_lightning.completions import CompletionStore
+from restem_lightning.completion_store import CompletionStore
 from restem_lightning.errors import UserError
 from restem_lightning.loop.draw import DrawParams, problems_of_e_step
 from restem_lightning.loop.mixing import MixParams

@@ -2,7 +2,8 @@ import random
 
 import pytest
 
-from restem_lightning.completions import CompletionStore, Verdict, VerdictKind
+from restem_lightning.completion_store import CompletionStore
+from restem_lightning.completions import Verdict, VerdictKind
 from restem_lightning.errors import UserError
 from restem_lightning.loop.evaluate import EvaluationParams, measure
 from restem_lightning.metrics import evaluate_table

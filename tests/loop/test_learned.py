@@ -14,13 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from restem_lightning.completions import (
-    Completion,
-    CompletionStore,
-    Verdict,
-    VerdictKind,
-    from_table,
-)
+from restem_lightning.completion_store import CompletionStore
+from restem_lightning.completions import Completion, Verdict, VerdictKind, from_table
 from restem_lightning.loop import learned as learned_module
 from restem_lightning.loop.stage import Stage, load_policy, verified_completions
 from restem_lightning.m_step.preference import PreferenceModule

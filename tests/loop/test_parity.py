@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from restem_lightning.completions import CompletionStore
+from restem_lightning.completion_store import CompletionStore
 from restem_lightning.loop.e_step import EStepParams, fill_store
 from restem_lightning.loop.parity import compare, measure_parity, parity_warning
 from restem_lightning.loop.stage import Stage, load_policy

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from restem_lightning.completions import CompletionStore
+from restem_lightning.completion_store import CompletionStore
 from restem_lightning.loop.pool_cache import is_shared, shared_pool
 from restem_lightning.run_dir import RunDir, read_json
 from tests.factories import make_completion

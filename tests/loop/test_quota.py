@@ -6,11 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from restem_lightning.completions import (
-    CompletionStore,
-    VerdictKind,
-    to_table,
-)
+from restem_lightning.completion_store import CompletionStore
+from restem_lightning.completions import VerdictKind, to_table
 from restem_lightning.loop.quota import next_indices
 from restem_lightning.problems import WordProblems, write_problems
 from restem_lightning.run_dir import RunDir, read_json

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from restem_lightning.completions import CompletionStore
+from restem_lightning.completion_store import CompletionStore
 from restem_lightning.run_dir import RunDir, read_json
 from restem_lightning.settings import EMBEDDED_POLICY
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from restem_lightning.completions import CompletionStore
+from restem_lightning.completion_store import CompletionStore
 from restem_lightning.problems import WordProblems, write_problems
 from restem_lightning.settings import EMBEDDED_POLICY
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from restem_lightning.completions import CompletionStore
+from restem_lightning.completion_store import CompletionStore
 from restem_lightning.run_dir import TEMP_SUFFIX, RunDir, read_json, write_json
 
 

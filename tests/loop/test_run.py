@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from restem_lightning.completions import CompletionStore
+from restem_lightning.completion_store import CompletionStore
 from restem_lightning.m_step.export import policy_hash
 from restem_lightning.m_step.packing import epoch_order
 from restem_lightning.run_dir import TEMP_SUFFIX, RunDir, read_json

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from restem_lightning.completions import CompletionStore
+from restem_lightning.completion_store import CompletionStore
 from restem_lightning.plan.paper import DEVICES
 from restem_lightning.run_dir import RunDir, read_json
 
