@@ -17,7 +17,7 @@ from restem_lightning.m_step.packing import (
     to_device,
 )
 
-# The most of `all_logprobs` that are read from their file at a time.
+# The most that `prompt_groups` reads from their file at a time.
 HELD_SEQUENCES = 4096
 
 
@@ -51,21 +51,22 @@ def sequence_logprobs(
 def prompt_groups(
     sequences: Sequence[TrainingSequence], *, tokens_per_batch: int
 ) -> Iterator[list[int]]:
-    """Yields which sequences go through the model together: those with alike prompts.
+    """Yields which sequences go through the model together: neighbours with alike prompts.
 
     Args:
-        sequences: in any order.
+        sequences: in any order, in memory or in files.
         tokens_per_batch: most tokens of a batch; one sequence always goes.
     """
-    some, total = [], 0
-    for index in prompt_order(sequences):
-        length = len(sequences[index].ids)
-        if some and total + length > tokens_per_batch:
-            yield some
-            some, total = [], 0
-        some.append(index)
-        total += length
-    if some:
+    for first in range(0, len(sequences), HELD_SEQUENCES):
+        held = [sequences[n] for n in range(first, min(first + HELD_SEQUENCES, len(sequences)))]
+        some, total = [], 0
+        for place in prompt_order(held):
+            length = len(held[place].ids)
+            if some and total + length > tokens_per_batch:
+                yield some
+                some, total = [], 0
+            some.append(first + place)
+            total += length
         yield some
 
 
@@ -81,15 +82,11 @@ def all_logprobs(
 
     Args:
         model: in any mode; it has no dropout.
-        sequences: in any order; of neighbours, those with alike prompts share a batch.
+        sequences: as for `prompt_groups`.
         device: of the model.
         tokens_per_batch: most tokens of a batch; one sequence always goes.
     """
-    results = [torch.zeros(0)]
-    for first in range(0, len(sequences), HELD_SEQUENCES):
-        held = [sequences[n] for n in range(first, min(first + HELD_SEQUENCES, len(sequences)))]
-        result = torch.zeros(len(held))
-        for some in prompt_groups(held, tokens_per_batch=tokens_per_batch):
-            result[some] = sequence_logprobs(model, [held[n] for n in some], device).cpu()
-        results.append(result)
-    return torch.cat(results)
+    result = torch.zeros(len(sequences))
+    for some in prompt_groups(sequences, tokens_per_batch=tokens_per_batch):
+        result[some] = sequence_logprobs(model, [sequences[n] for n in some], device).cpu()
+    return result
