@@ -288,14 +288,13 @@ def _verifier(volume: Volume, rates: Rates, iteration: int) -> Row:
     learning = rates.learning
     pairs = num_pairs(volume, learning, iteration)
     sequences = volume.num_problems * learning.mixed_share * learning.sequences * iteration
-    # Every rank scores all by the reference, and rank 0 alone ranks the sampled completions.
-    scored = min(sequences, 2 * pairs) + volume.completions.get("sampled", 0)
-    trained = volume.pair_epochs * pairs * learning.pair_s / volume.num_ranks
-    once = scored * learning.sequence_s + learning.load_s + rates.checkpoint_s
-    return _longer(
-        Row(f"verifier {iteration}", volume.pair_epochs * pairs, 0, trained, rates.policy_bytes),
-        once,
-    )
+    trained = volume.pair_epochs * pairs * learning.pair_s
+    scored = min(sequences, 2 * pairs) * learning.sequence_s
+    # Ranks share both out; rank 0 alone ranks the sampled completions.
+    ranked = volume.completions.get("sampled", 0) * learning.sequence_s
+    shared = (trained + scored) / volume.num_ranks
+    row = Row(f"verifier {iteration}", volume.pair_epochs * pairs, 0, shared, rates.policy_bytes)
+    return _longer(row, ranked + learning.load_s + rates.checkpoint_s)
 
 
 def _transient_bytes(volume: Volume, rates: Rates) -> float:

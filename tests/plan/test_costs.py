@@ -1,5 +1,7 @@
 """A plan is counts times rates; worked out by hand."""
 
+import pytest
+
 from restem_lightning.plan.costs import (
     Learning,
     Rates,
@@ -131,6 +133,14 @@ def test_a_verifier_is_scored_trained_exported_and_ranks_the_sampled_completions
     assert plan.seconds == bare.seconds + sum(seconds)
     assert plan.disk_bytes == bare.disk_bytes + 2 * 1000
     assert plan.drawn_tokens == bare.drawn_tokens
+
+
+def test_ranks_share_the_pairs_and_their_reference_but_not_the_ranking():
+    one, four = (
+        make_plan(volume(verifiers=(1,), num_ranks=num_ranks), rates()).verifiers[0].seconds
+        for num_ranks in (1, 4)
+    )
+    assert one - four == pytest.approx(0.75 * (300 * 0.2 + 0.01 * 250))
 
 
 def test_checkpoints_lie_beside_the_token_ids_that_an_m_step_reads():
