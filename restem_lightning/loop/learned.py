@@ -1,7 +1,7 @@
 """A verifier learned from a run's own pools, and best-of-k by it (V-STaR)."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -166,11 +166,13 @@ def _pairs(
         UserError: there is none.
     """
     folders = [loop.run.iteration(number).completions for number in range(1, iteration + 1)]
-    tokenizer = AutoTokenizer.from_pretrained(loop.base)
-    human = human_solutions(loop.train, loop.template, tokenizer, 1.0)
+    human: Iterable[pa.Table] = ()
+    if params.human:
+        tokenizer = AutoTokenizer.from_pretrained(loop.base)
+        human = human_solutions(loop.train, loop.template, tokenizer, 1.0)
     pieces = stream_pairs(
         [CompletionStore(pool) for one in folders for pool in (one, *sorted(one.glob("policy_*")))],
-        human=human if params.human else (),
+        human=human,
         eos_ids=eos_ids(loop.base),
         max_per_problem=params.max_pairs_per_problem,
         seed=loop.seed,

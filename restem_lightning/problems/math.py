@@ -146,12 +146,12 @@ def linked_boxes(text: str) -> tuple[list[str], str]:
     word = "and"
     while len(boxes) < MAX_LINKED and (box := last_boxed(text)) is not None:
         boxes.insert(0, box)
-        text = text[: _start_of_box(text)]
+        text = text[: start_of_box(text)]
         link = _LINK.search(text[-80:])
         if link is None:
             break
         text = text[: len(text) - len(link[0]) + 1]
-        before = text[_start_of_box(text) :] if "box" in text else ""
+        before = text[start_of_box(text) :] if "box" in text else ""
         if not re.fullmatch(r"\\f?box(?:ed)?\s*\{.*\}", before, re.DOTALL) or (
             not before.endswith(f"{{{last_boxed(text)}}}")
         ):
@@ -161,13 +161,14 @@ def linked_boxes(text: str) -> tuple[list[str], str]:
     return boxes, word
 
 
-def _start_of_box(text: str) -> int:
+def start_of_box(text: str) -> int:
+    r"""Returns where the last \boxed or \fbox begins, -1 if there is none."""
     return max(text.rfind("\\boxed"), text.rfind("\\fbox"))
 
 
 def last_boxed(text: str) -> str | None:
     r"""Returns what the last \boxed or \fbox holds, None if there is none or it is not closed."""
-    start = _start_of_box(text)
+    start = start_of_box(text)
     if start < 0:
         return None
     rest = text[start:].removeprefix("\\boxed").removeprefix("\\fbox").lstrip()

@@ -9,7 +9,7 @@ from restem_lightning.completions import Verdict, VerdictKind
 from restem_lightning.equations import equations
 from restem_lightning.errors import UserError
 from restem_lightning.problems import Problem
-from restem_lightning.problems.math import linked_boxes
+from restem_lightning.problems.math import linked_boxes, start_of_box
 from restem_lightning.verifiers.comparison import compare
 from restem_lightning.verifiers.equations import wrong_equation
 from restem_lightning.verifiers.restated import is_restated
@@ -222,7 +222,7 @@ def render_answer(answer: str, answer_format: str) -> str:
 def _last_answer(text: str, answer_format: str) -> tuple[int, str] | None:
     """Returns where the last answer in one format starts, and the answer."""
     if answer_format == "boxed":
-        start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+        start = start_of_box(text)
         if start < 0:
             return None
         boxes, word = linked_boxes(text)
