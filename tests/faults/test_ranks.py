@@ -5,12 +5,12 @@ import os
 import platform
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 from restem_lightning.run_dir import RunDir, read_json
 from tests.faults.conftest import SETTINGS
+from tests.launch import torchrun
 
 ROOT = Path(__file__).parents[2]
 FSDP = {
@@ -20,14 +20,8 @@ FSDP = {
 
 
 def launch(words, program=("-m", "restem_lightning")):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.Popen(
-        [sys.executable, *launcher, *program, *words],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+        **torchrun(2, *program, *words), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
 
 

@@ -1,9 +1,6 @@
 """Two ranks do what one does."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ from safetensors.torch import load_file
 from restem_lightning.completion_store import CompletionStore
 from restem_lightning.run_dir import RunDir, read_json
 from restem_lightning.settings import EMBEDDED_POLICY
+from tests.launch import run_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,15 +24,7 @@ def test_two_ranks_accept_the_same_completions_and_train_the_same_policy(
     }
     changes = {"trainer.strategy": json.dumps(strategy), "trainer.devices": 2}
     words = fit_words(tmp_path / "run", **changes)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "restem_lightning", *words],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = run_ranks(2, "-m", "restem_lightning", *words, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = finished.iteration(1), RunDir(tmp_path / "run").iteration(1)
     assert two.accepted.read_bytes() == one.accepted.read_bytes()
@@ -73,10 +63,8 @@ def test_a_rank_ten_times_slower_takes_fewer_parts_and_delays_nobody(tmp_path):
         f"open(f'{tmp_path}/{{rank}}', 'w').write(' '.join(map(str, taken)))\n"
         "leave_together(bool)\n"
     )
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    subprocess.run([sys.executable, *launcher, worker], env=environment, check=True, timeout=120)
+    done = run_ranks(2, worker, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
     fast, slow = ((tmp_path / name).read_text().split() for name in "01")
     assert sorted(map(int, fast + slow)) == list(range(33))
     assert len(slow) <= 6  # a fair share would be 16
@@ -103,9 +91,5 @@ def test_a_rank_that_waits_hears_that_its_launcher_ends_it(tmp_path):
         "except ranks.LostRank as lost:\n"
         f"    open(f'{tmp_path}/lost', 'w').write(str(lost))\n"
     )
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, *launcher, worker], env=environment, timeout=120)
-    assert done.returncode != 0
+    assert run_ranks(2, worker, timeout=120).returncode != 0
     assert (tmp_path / "lost").read_text() == "1 of 2 ranks did not come"

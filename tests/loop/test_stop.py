@@ -40,8 +40,9 @@ def in_m_step(run):
 @pytest.mark.parametrize(
     ("moment", "signum", "code", "kept"),
     [
-        (in_e_step, signal.SIGTERM, 75, "E-step of iteration 1"),
+        (in_e_step, signal.SIGINT, 130, "E-step of iteration 1"),
         (in_m_step, signal.SIGINT, 130, "M-step of iteration 1"),
+        (in_e_step, signal.SIGTERM, 75, "E-step of iteration 1"),
     ],
 )
 def test_a_stopped_run_says_what_is_saved_and_how_to_go_on(

@@ -1,9 +1,6 @@
 import json
-import os
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from restem_lightning.errors import UserError
 from restem_lightning.m_step.tensor_parallel import check_split, split_plan
+from tests.launch import run_ranks
 
 WORKER = Path(__file__).with_name("split_worker.py")
 
@@ -105,15 +103,7 @@ def test_two_ranks_get_the_gradients_and_the_verifier_of_one(varied, tmp_path):
         "families": {name: varied(name) for name in names},
         "verifier": varied("llama"),
     }
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *launcher, str(WORKER), json.dumps(job)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = run_ranks(2, WORKER, json.dumps(job), timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())
     assert set(result["families"]) == set(names)
