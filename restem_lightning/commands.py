@@ -228,14 +228,8 @@ def evaluate(words: list[str]) -> None:
         problems = prepare_problems(
             read_problems(made.problems), verifiers, name="problems", warn=_warn
         )
-        draw_evaluation(
-            output,
-            name,
-            problems,
-            evaluation,
-            _stage(made, verifiers, 0),
-            e_step=EStepParams(),
-        )
+        stage = _stage(made, verifiers, 0)
+        draw_evaluation(output, name, problems, evaluation, stage, e_step=EStepParams())
     metrics = measure(output, evaluation)
     write_json(output / "metrics.json", {"evaluation": {name: metrics}})
     print(f"{'metric':16}{'value':>8}   95 % interval   ({len(problems)} problems)")
