@@ -93,7 +93,7 @@ def test_each_task_of_an_array_is_requeued_alone(submit, tmp_path):
 
 def test_the_status_of_the_rank_that_failed_is_the_jobs_and_requeues_nothing(submit, tmp_path):
     program = f"{ROOT / 'tests' / 'slurm' / 'rank.sh'}"
-    job = submit(["fails"], tmp_path / "log", RESTEM=program)
+    job = submit(["fails", str(tmp_path)], tmp_path / "log", RESTEM=program)
     assert job.wait_for_end() == "FAILED", job.told()
     assert (job.field("ExitCode"), job.field("Restarts")) == ("2:0", "0")
 
