@@ -145,7 +145,7 @@ def plain_attention(queries, scene, row, dtype, *, scaling, window=None, softcap
 
 
 def check(scene, rows, queries, work, **settings):
-    """Asserts that the kernels are at most twice as far off as plain operations in the dtype."""
+    """Asserts that the kernels are at most twice as far off as plain operations, or by 2e-6."""
     settings["scaling"] = queries.shape[-1] ** -0.5
     with poisoned_memory():
         got = block_attention(queries, scene.key_cache, scene.value_cache, work, **settings)
@@ -158,7 +158,7 @@ def check(scene, rows, queries, work, **settings):
         torch.stack([plain_attention(queries[n], scene, rows[n], dtype, **settings) for n in used])
         for dtype in (torch.float64, queries.dtype)
     )
-    allowed = 2 * (plain - exact).abs().max()
+    allowed = max(2 * (plain - exact).abs().max().item(), 2e-6)
     assert (got[used] - exact).abs().max() <= allowed
     # The definition weights with logarithms of sums, so in float32 it is a little farther off.
     assert (defined[used] - exact).abs().max() <= 2 * allowed
