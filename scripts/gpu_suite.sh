@@ -165,7 +165,7 @@ fit() {
         --problems.validation.init_args.path "$gsm8k" \
         --problems.held_out.gsm8k_test.init_args.path "$gsm8k" \
         --problems.held_out.gsm8k_test.init_args.num 256 \
-        --iterations 1 --run_dir "$out/gsm8k"
+        --trainer.precision bf16-mixed --iterations 1 --run_dir "$out/gsm8k"
     cp "$out"/gsm8k/iteration_*/metrics.json "$out/" || true
 }
 limit_sanitizer=200

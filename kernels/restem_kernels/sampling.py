@@ -68,6 +68,7 @@ def sample_tokens(
     """
     num_rows, num_tokens = logits.shape
     assert logits.stride(1) == 1
+    temperature, top_p = float(temperature), float(top_p)  # kernels know 2 and 2.0 apart
     greedy = temperature == 0.0
     top_k = top_k if 0 < top_k < num_tokens else 0
     everything = greedy or not (top_k or top_p < 1.0 or min_p > 0.0)

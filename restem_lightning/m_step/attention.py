@@ -108,7 +108,13 @@ def packed_attention(
     segments = packed.segments
     if segments.key_index is not None:
         key, value = (each.index_select(2, segments.key_index) for each in (key, value))
-    kernel = _varlen_kernel(query.device.type, query.dtype, softcap is not None)
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type):
+        # Rotated queries and keys are float32 then, values are not. After index_select, so that the
+        # gradients of shared keys are summed up in float32.
+        dtype = torch.get_autocast_dtype(device_type)
+        query, key, value = (each.to(dtype) for each in (query, key, value))
+    kernel = _varlen_kernel(device_type, query.dtype, softcap is not None)
     if kernel is not None:
         rows = (each[0].transpose(0, 1) for each in (query, key, value))
         return kernel(*rows, segments, scaling, sliding_window, softcap)[None], None

@@ -22,7 +22,7 @@ from restem_lightning.sampler.blocks import BlockPool
 from restem_lightning.sampler.generation import Generation, Machinery, draw_settings, make_step
 from restem_lightning.sampler.lanes import Lanes
 from restem_lightning.sampler.params import Request, Sample, SamplingParams, address_key
-from restem_lightning.sampler.runner import StepGraphs, make_cache, make_model
+from restem_lightning.sampler.runner import StepGraphs, make_cache, make_model, useful_tokens
 from restem_lightning.sampler.scheduler import Limits, Scheduler
 from restem_lightning.sampler.stop import StopStrings
 from restem_lightning.sampler.weights import checksum, load_module, update_weights
@@ -51,7 +51,7 @@ class EngineParams:
         prefill_tokens: tokens of prompts in one forward pass; 0 for 512 on cpu and 4096 on cuda.
         block_size: tokens in a block of the KV cache.
         cache_tokens: tokens that the KV cache holds; 0 for 65536 on cpu, and on cuda for as many as
-            fit in 85 % of the memory that is free.
+            fit in 85 % of the memory that is free, or fewer if those are all that can be in use.
         threads: of the CPU, while sampling on it; 0 takes one or all that torch may use, whichever
             is faster when a run starts: on a busy machine that is one, by far.
         batch_invariant: on computes every completion to the same bits whatever else is in the
@@ -222,12 +222,12 @@ class Sampler:
         self.num_lanes = -(-self.max_batch_size // ROW_STEP) * ROW_STEP
         prefill = engine.prefill_tokens or (CPU_PREFILL if on_cpu else CUDA_PREFILL)
         self.prefill_tokens = -(-prefill // ROW_STEP) * ROW_STEP
+        config = self.module.config.get_text_config()
+        self.context = getattr(config, "max_position_embeddings", 2**31)
         self.num_blocks = self._count_blocks()
         self.cache = make_cache(
             self.module, num_blocks=1 + self.num_blocks, block_size=engine.block_size
         )
-        config = self.module.config.get_text_config()
-        self.context = getattr(config, "max_position_embeddings", 2**31)
         # No prompt with its completion is longer than the cache.
         num_positions = min(self.context, self.num_blocks * engine.block_size)
         self.model = make_model(self.module, self.ops, self.cache, num_positions=num_positions)
@@ -243,11 +243,10 @@ class Sampler:
         engine = self.engine
         tokens = engine.cache_tokens or CPU_CACHE_TOKENS
         if not engine.cache_tokens and self.device.type == "cuda":
-            probe = make_cache(self.module, num_blocks=1, block_size=1)
-            per_token = 2 * len(probe.keys) * probe.keys[0].numel() * probe.keys[0].element_size()
             torch.cuda.empty_cache()
-            free, _ = torch.cuda.mem_get_info(self.device)
-            tokens = int(free * CUDA_CACHE_SHARE) // per_token
+            num_bytes = int(torch.cuda.mem_get_info(self.device)[0] * CUDA_CACHE_SHARE)
+            limits = {"num_lanes": self.num_lanes, "context": self.context}
+            tokens = useful_tokens(self.module, num_bytes, **limits)
         return -(-tokens // engine.block_size)
 
     def _rows_are_independent(self) -> bool:

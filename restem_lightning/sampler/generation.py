@@ -150,6 +150,7 @@ class Generation:
     def _tiles(self) -> TileList:
         return TileList(size=self.machinery.lanes.split, max_rows=self.machinery.max_tile_rows)
 
+    @torch.inference_mode()  # as all that writes to the lanes' tensors: some are made there anew
     def _start(self, started: list[Sequence]) -> None:
         """Fills lanes; sequences that have no token yet get their first draw."""
         if not started:

@@ -86,6 +86,23 @@ def make_cache(module: nn.Module, *, num_blocks: int, block_size: int) -> KVCach
     )
 
 
+def useful_tokens(module: nn.Module, num_bytes: int, *, num_lanes: int, context: int) -> int:
+    """Returns how many tokens a cache of some bytes holds, or how many can ever be in use.
+
+    Of a small model a GPU could hold a hundred million, and the host keeps lists of their blocks.
+
+    Args:
+        module: as for `make_cache`.
+        num_bytes: of the cache at most.
+        num_lanes: sequences decoded together.
+        context: most tokens of a prompt and its completion.
+    """
+    probe = make_cache(module, num_blocks=1, block_size=1)
+    per_token = 2 * len(probe.keys) * probe.keys[0].numel() * probe.keys[0].element_size()
+    # What runs and the prompts that wait take twice the lanes; blocks need not be full.
+    return min(num_bytes // per_token, 4 * num_lanes * context)
+
+
 def make_model(
     module: nn.Module, ops: ModuleType, cache: KVCache, *, num_positions: int
 ) -> FusedModel | PlainModel:

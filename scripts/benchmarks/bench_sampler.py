@@ -141,12 +141,17 @@ def measure_baseline(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def machine_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Returns copy bandwidth in bytes/s (read plus write) and matrix rate in FLOP/s, measured."""
+def machine_rates(
+    device: torch.device, dtype: torch.dtype, *, quick: bool = False
+) -> tuple[float, float]:
+    """Returns copy bandwidth in bytes/s (read plus write) and matrix rate in FLOP/s, measured.
+
+    With quick of a small product: processors without bfloat16 take minutes for a large one.
+    """
     on_gpu = device.type == "cuda"
     source = torch.ones((2**30 if on_gpu else 2**27) // 4, device=device)
     target = torch.empty_like(source)
-    size = 8192 if on_gpu else 2048
+    size = 256 if quick else 8192 if on_gpu else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
 
     def seconds(work) -> float:
@@ -289,7 +294,7 @@ def main() -> None:
             profile(ours)
             return
         speeds = [ours.measure(repeat) for repeat in range(1, arguments.repeats + 1)]
-        rates = machine_rates(ours.sampler.device, dtype)
+        rates = machine_rates(ours.sampler.device, dtype, quick=arguments.quick)
         allowed = limit(ours, *rates)
         settings = describe(ours, rates, allowed, arguments)
         startup = {"startup_s": ours.startup_s, "warmup_s": ours.warmup_s}

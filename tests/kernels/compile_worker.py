@@ -96,6 +96,7 @@ def draw_calls(model: str, dtype: torch.dtype) -> Iterator[Callable[[], object]]
     address = (key, key[:, 0].contiguous(), key[:, 1].contiguous())
     yield partial(sample_tokens, logits, *address, temperature=0.0)
     yield partial(sample_tokens, logits, *address, temperature=1.0)
+    yield partial(sample_tokens, logits, *address, temperature=2, top_p=1)  # as people write it
     for limits in ({"top_k": 40}, {"top_p": 0.95}, {"top_k": 40, "top_p": 0.95, "min_p": 0.02}):
         yield partial(sample_tokens, logits, *address, temperature=0.7, **limits)
 

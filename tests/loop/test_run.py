@@ -95,7 +95,8 @@ def test_run_json_says_what_ran(finished):
     run = read_json(finished.run_json)
     assert run["seed"] == 0
     assert run["settings"]["sampling"]["n"] == 4
-    assert run["versions"]["torch"] == torch.__version__
+    # A wheel of the package index does not name its CUDA, `2.11.0` for `2.11.0+cu130`.
+    assert torch.__version__.startswith(run["versions"]["torch"])
 
 
 @pytest.mark.parametrize("iteration", [0, 1, 2])

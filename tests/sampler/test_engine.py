@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from restem_lightning.errors import UserError
 from restem_lightning.sampler import EngineParams, Request, Sampler, SamplingParams
 from restem_lightning.sampler.fused import Projection
+from restem_lightning.sampler.runner import useful_tokens
 from restem_lightning.sampler.weights import load_module
 
 VOCAB, EOS = 64, 1
@@ -297,3 +298,10 @@ def test_engine_settings_are_checked(settings, message, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(UserError, match=message):
         EngineParams(**settings)
+
+
+def test_a_cache_on_a_gpu_is_no_larger_than_can_be_in_use(make_policy, make_sampler):
+    module = make_sampler(make_policy()).module  # 3 layers x 2 key heads x 8 values of 32 bits
+    sizes = {"num_lanes": 512, "context": 256}
+    assert useful_tokens(module, 384 * 1000 + 383, **sizes) == 1000
+    assert useful_tokens(module, 120 * 10**9, **sizes) == 4 * 512 * 256

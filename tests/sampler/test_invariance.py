@@ -80,6 +80,16 @@ def test_preempted_sequences_end_the_same(
     assert sampler.num_preemptions > 0
 
 
+def test_preempted_sequences_behind_a_prompt_that_enlarges_the_tables_end_the_same(
+    make_policy, make_sampler, draw, prompt
+):
+    policy = make_policy(max_position_embeddings=1024)
+    long = [Request(request_id="long", prompt_ids=prompt(600), indices=tuple(range(8)))]
+    sampler = make_sampler(policy, cache_tokens=8 * (75 + 12))
+    assert draw(sampler, long, PARAMS) == draw(make_sampler(policy), long, PARAMS)
+    assert sampler.num_preemptions > 0
+
+
 @pytest.mark.parametrize("lag", [1, 3])
 @pytest.mark.parametrize("cache_tokens", [2048, 8 * 24])
 def test_a_host_that_is_steps_behind_changes_nothing(
