@@ -43,7 +43,8 @@ class EngineParams:
 
     Args:
         device: cpu, cuda, cuda:0 and so on, or auto for cuda where there is one.
-        dtype: float32, bfloat16, or auto for float32 on cpu and bfloat16 on cuda.
+        dtype: float32, bfloat16 (on a cpu without AMX or AVX-512 BF16 several times slower), or
+            auto for float32 on cpu and bfloat16 on cuda.
         kernels: c (on cpu; a C compiler, found as CC or gcc, makes them when first used), torch (on
             cpu), triton (on cuda; on cpu for tests with TRITON_INTERPRET=1, which takes thousands
             of times longer), or auto: c on cpu where there is a compiler, else torch.
