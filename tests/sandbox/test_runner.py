@@ -146,11 +146,42 @@ def test_a_script_gets_input_and_gives_output_whatever_way_it_reads(runner):
         result = runner.run_script(f"import os, sys\nprint(int({read}) * 2)", b"21\n", cpu_s=2)
         assert (result.kind, result.output) == ("passed", b"42\n")
     assert runner.run_script("print(1)\n1 / 0", b"", cpu_s=2).kind == "failed"
-    assert runner.run_script("print(1)\nexit()", b"", cpu_s=2).output == b"1\n"
+    for leave in ("exit()", "quit()", "sys.exit(0)", "raise SystemExit"):
+        result = runner.run_script(f"import sys\nprint(1)\n{leave}\nprint(2)", b"", cpu_s=2)
+        assert (result.kind, result.output) == ("passed", b"1\n")
     assert runner.run_script("import os\nos.abort()", b"", cpu_s=2).kind == "lost"
     flood = runner.run_script("while True: print('x' * 4096)", b"", cpu_s=2)
     assert flood.kind != "passed"
     assert len(flood.output) <= 1 << 24
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import threading, time\n"
+        "threading.Thread(target=lambda: time.sleep(0.2) or print(1)).start()",
+        "import atexit\natexit.register(print, 1)",
+        "import sys\nsys.stdout = None\nsys.__stdout__.write('1\\n')",
+        "out = open(1, 'w')\nprint(1, file=out)",
+        "class A:\n    def __del__(self): print(1)\na = A()",
+        "import threading, time\nprint(1)\n"
+        "threading.Thread(target=time.sleep, args=(99,), daemon=True).start()",
+    ],
+)
+def test_what_a_script_writes_behind_its_last_line_counts(runner, program):
+    result = runner.run_script(program, b"", cpu_s=2)
+    assert (result.kind, result.output) == ("passed", b"1\n")
+
+
+def test_a_script_ends_with_idle_threads_in_its_executor():
+    program = (
+        "from concurrent.futures import ThreadPoolExecutor\nThreadPoolExecutor().submit(print)"
+    )
+    runner = Runner("namespaces", memory_bytes=MEMORY)
+    try:
+        assert runner.run_script(program, b"", cpu_s=2).output == b"\n"
+    finally:
+        runner.close()
 
 
 def test_a_killed_sandbox_is_replaced(runner):
