@@ -3,6 +3,7 @@
 import atexit
 import builtins
 import contextlib
+import operator
 import socket
 import sys
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 from .codec import Channel, ChannelError
 
 _MAX_TEXT = 300
+_OPERATIONS = {"iter": iter, "next": next, "len": len, "item": operator.getitem}
 
 
 class _Objects:
@@ -101,6 +103,8 @@ def _answer(module: types.ModuleType, verb: str, target: Any, *rest: Any) -> Any
     if verb == "call":
         arguments, named = rest
         return target(*arguments, **named)
+    if verb in _OPERATIONS:
+        return _OPERATIONS[verb](target, *rest)
     if verb == "attribute":
         return getattr(target, rest[0])
     setattr(target, *rest)
