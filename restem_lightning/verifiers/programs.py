@@ -59,14 +59,16 @@ def extract_program(completion_text: str, problem: Problem) -> str | None:
 
     Args:
         completion_text: what the policy wrote after the prompt.
-        problem: its `entry_point` is the function under test, None for a standard-input program;
+        problem: its `entry_point`, or `fn_name` among `metadata["input_output"]`, is the function
+            under test, None for a standard-input program;
             `metadata["prompt"]` is the head of the function, where there is one (see `head_of`).
     """
     text = _marked(completion_text)
     if text is None:
         return None
     text = text[:MAX_TEXT].replace("\r\n", "\n").replace("\r", "\n")
-    name, head = problem.entry_point, head_of(problem)
+    called = (problem.metadata.get("input_output") or {}).get("fn_name")
+    name, head = problem.entry_point or called, head_of(problem)
     is_body = name and head and _is_indented(text)
     if is_body and (program := _continued(head, text, name)):
         return program
@@ -74,8 +76,7 @@ def extract_program(completion_text: str, problem: Problem) -> str | None:
     blocks = [_dedented(block) for block in fenced]
     runs = list(_python_runs(text, name))
     if program := _best_block(blocks, name) or _first(runs, name):
-        is_called = name and "input_output" in problem.metadata
-        return _with_lent(_without_tail(_with_head(program, head, name), name), is_called)
+        return _with_lent(_without_tail(_with_head(program, head, name), name), called)
     bodies = [block for block in fenced if head and name and _is_indented(block)]
     if bodies:
         return _continued(head, bodies[-1], name) or head + bodies[-1]
@@ -213,10 +214,10 @@ def _with_head(program: str, head: str | None, name: str | None) -> str:
     return _behind_future(tree, program, [*head.split("\n")[:end], ""])
 
 
-def _with_lent(program: str, is_called: object) -> str:
+def _with_lent(program: str, called: str | None) -> str:
     """Returns a program behind the lent imports that it lacks, if it is one that gets them."""
     tree = _parse(program)
-    if tree is None or not (is_called or "Solution" in _bound_by(tree.body)):
+    if tree is None or not (called or "Solution" in _bound_by(tree.body)):
         return program
     lacking = _lacking(tree.body)
     lent = [ast.unparse(node) for node in ast.parse(_LENT).body if lacking & _bound_by([node])]

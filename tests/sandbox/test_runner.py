@@ -222,6 +222,8 @@ def test_a_script_gets_input_and_gives_output_whatever_way_it_reads(runner):
         "import atexit\natexit.register(print, 1)",
         "import sys\nsys.stdout = None\nsys.__stdout__.write('1\\n')",
         "out = open(1, 'w')\nprint(1, file=out)",
+        "import os, sys\nclass Out:\n    write = lambda self, text: None\n"
+        "    flush = lambda self: os.write(1, b'1\\n')\nsys.stdout = Out()",
         "class A:\n    def __del__(self): print(1)\na = A()",
         "import threading, time\nprint(1)\n"
         "threading.Thread(target=time.sleep, args=(99,), daemon=True).start()",

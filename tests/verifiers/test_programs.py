@@ -198,9 +198,7 @@ def test_a_question_that_is_the_function_to_complete_is_its_head(text, program):
 
 def test_a_called_function_gets_the_imports_that_its_site_lends():
     cases = {"inputs": [[4]], "outputs": [[2]], "fn_name": "f"}
-    problem = Problem(
-        problem_id="c", question="-", entry_point="f", metadata={"input_output": cases}
-    )
+    problem = Problem(problem_id="c", question="-", metadata={"input_output": cases})
     program = "def f(x):\n    return gcd(x, 2)\n"
     lent = "from math import ceil, floor, gcd, inf, log, sqrt\n"
     assert extract_program(fenced(program), problem) == lent + program

@@ -83,10 +83,11 @@ def _leave(module: types.ModuleType) -> None:
     """Does what an interpreter does behind a program's last line: much output is written here."""
     threading._shutdown()  # type: ignore[attr-defined]  # as multiprocessing ends its children
     atexit._run_exitfuncs()
+    with contextlib.suppress(Exception):  # it may be anything that the program has put there
+        sys.stdout.flush()
     module.__dict__.clear()  # closes its files
-    for stream in (sys.stdout, sys.__stdout__):
-        with contextlib.suppress(Exception):  # whatever the program has put there
-            stream.flush()
+    with contextlib.suppress(OSError, ValueError):
+        sys.__stdout__.flush()
 
 
 def _execute(text: str, module: types.ModuleType) -> None:
