@@ -152,7 +152,27 @@ def test_tests_that_cannot_judge_blame_no_program(runner, tests, detail):
 )
 def test_checks_that_nothing_calls_are_called(runner, tests):
     assert outcome(runner, "def f(x): return 2 * x", tests).kind == "passed"
-    assert outcome(runner, "def f(x): return 7", tests).detail.startswith("assert ")
+    wrong = outcome(runner, "def f(x): return 7", tests)
+    assert wrong.kind == "failed"
+    assert "assert" in wrong.detail.lower()
+
+
+def test_unittest_classes_are_run():
+    tests = (
+        "import unittest\nclass T(unittest.TestCase):\n    def test_f(self):\n"
+        "        self.assertEqual(f(3), 6)\nif __name__ == '__main__':\n    unittest.main()"
+    )
+    patched = "import unittest\nunittest.TestCase.assertEqual = print\ndef f(x): return 7"
+    runner = Runner("namespaces", memory_bytes=MEMORY)
+    try:
+        assert outcome(runner, "def f(x): return 2 * x", tests).kind == "passed"
+        wrong = outcome(runner, patched, tests)
+        assert (wrong.kind, wrong.detail) == ("failed", "__main__.T.test_f: AssertionError: 7 != 6")
+        assert outcome(runner, "import os\ndef f(x): os._exit(0)", tests).kind == "lost"
+        skipped = tests.replace("    def", "    @unittest.skipIf(f(3), '')\n    def")
+        assert outcome(runner, "def f(x): return 7", skipped).detail == "not all asserts ran"
+    finally:
+        runner.close()
 
 
 def test_tests_whose_asserts_do_not_run_pass_nothing(runner):

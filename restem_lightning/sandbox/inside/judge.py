@@ -181,6 +181,8 @@ class _Run:
             for name in names:
                 space[name] = self._candidate.ask("get", name)
             exec(code, space)
+            if detail := self._run_cases(space):
+                outcome = "failed"
         except ChannelError as error:
             outcome, detail = "lost", str(error)
         except AssertionError as error:
@@ -196,12 +198,25 @@ class _Run:
     def _note(self) -> None:
         self.num_ran += 1
 
+    def _run_cases(self, space: dict[str, Any]) -> str:
+        """Runs the tests' unittest classes, a method as an assert; returns what failed, if any."""
+        if (unittest := sys.modules.get("unittest")) is None:
+            return ""
+        for kind in [value for value in space.values() if isinstance(value, type)]:
+            if issubclass(kind, unittest.TestCase):
+                suite = unittest.defaultTestLoader.loadTestsFromTestCase(kind)
+                result = suite.run(unittest.TestResult())
+                for method, trace in result.errors + result.failures:
+                    return f"{method.id()}: {trace.splitlines()[-1]}"[:300]
+                self.num_ran += result.testsRun - len(result.skipped)
+        return ""
+
 
 def _compile_tests(tests: str, names: list[str]) -> tuple[Any, int]:
     """Returns the code of the tests with each assert counted, and how many must run at least.
 
     Functions `check` and `test...` that nothing calls are called, with the first name if they take
-    an argument.
+    an argument. Methods `test...` count as asserts.
 
     Raises:
         SyntaxError, ...: they are no Python.
@@ -209,22 +224,31 @@ def _compile_tests(tests: str, names: list[str]) -> tuple[Any, int]:
         ImportError: they import what is not here.
     """
     tree = ast.parse(tests)
-    if not any(isinstance(node, ast.Assert) for node in ast.walk(tree)):
+    classes = [item for item in tree.body if isinstance(item, ast.ClassDef)]
+    num_methods = len([item for kind in classes for item in _functions(kind.body, "test")])
+    if not num_methods and not any(isinstance(node, ast.Assert) for node in ast.walk(tree)):
         raise ValueError("no assert")
     for line in tree.body:
         if isinstance(line, ast.Import | ast.ImportFrom):
             exec(compile(ast.Module([line], []), "tests", "exec", dont_inherit=True), {})
-    checks = [item for item in tree.body if isinstance(item, ast.FunctionDef)]
-    checks = [item for item in checks if item.name == "check" or item.name.startswith("test")]
+    if unittest := sys.modules.get("unittest"):
+        unittest.main = lambda *_, **__: None  # type: ignore[attr-defined]  # _run_cases does it
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    uncalled = [check for check in checks if check.name not in used]
+    checks = _functions(tree.body, "check")
+    uncalled = [item for item in checks + _functions(tree.body, "test") if item.name not in used]
     calls = [f"{item.name}({names[0] if names and item.args.args else ''})" for item in uncalled]
+    must_run = checks + [item for item in uncalled if item not in checks]
+    inner = [line for item in must_run for line in item.body]
     tree.body = [*_cheap_first(tree.body), *ast.parse("\n".join(calls)).body]
-    must_run = [check for check in checks if check in uncalled or check.name == "check"]
-    inner = [line for check in must_run for line in check.body]
     num_expected = sum(isinstance(line, ast.Assert) for line in [*tree.body, *inner])
     tree = ast.fix_missing_locations(_CountAsserts().visit(tree))
-    return compile(tree, "tests", "exec", dont_inherit=True, optimize=0), max(1, num_expected)
+    code = compile(tree, "tests", "exec", dont_inherit=True, optimize=0)
+    return code, max(1, num_expected + num_methods)
+
+
+def _functions(body: list[ast.stmt], prefix: str) -> list[ast.FunctionDef]:
+    functions = [line for line in body if isinstance(line, ast.FunctionDef)]
+    return [line for line in functions if line.name.startswith(prefix)]
 
 
 def _cheap_first(body: list[ast.stmt]) -> list[ast.stmt]:
