@@ -216,8 +216,8 @@ def _with_head(program: str, head: str | None, name: str | None) -> str:
 
 def _with_lent(program: str, called: str | None) -> str:
     """Returns a program behind the lent imports that it lacks, if it is one that gets them."""
-    tree = _parse(program)
-    if tree is None or not (called or "Solution" in _bound_by(tree.body)):
+    tree = _parse(program) if called or "class Solution" in program else None
+    if tree is None:
         return program
     lacking = _lacking(tree.body)
     lent = [ast.unparse(node) for node in ast.parse(_LENT).body if lacking & _bound_by([node])]
