@@ -165,7 +165,8 @@ def verify(words: list[str]) -> None:
     )
     parser.add_argument("--output", type=str, required=True, help="JSONL file to write.")
     parser.add_argument("--workers", type=int, default=1, help="Worker processes.")
-    parser.add_argument("--deadline_s", type=float, default=5.0, help="Seconds for one completion.")
+    help_text = "Seconds for one completion; the code verifier's own time_limit_s counts instead."
+    parser.add_argument("--deadline_s", type=float, default=5.0, help=help_text)
     made = _parse(parser, words)
     counts = verify_file(
         verifier_spec(made.verifier),

@@ -141,7 +141,10 @@ def _parse_line(line: bytes) -> tuple[dict[str, Any], Problem | str, str]:
         known["reference_answer"] = json.dumps(known["reference_answer"])
     try:
         if any(values.get(key) is not None for key in RAW_KEYS):
-            known = {**code_fields(values), **known}
+            fields = code_fields(values)
+            known = {**fields, **known}
+            if isinstance(known["metadata"], dict):
+                known["metadata"] = fields["metadata"] | known["metadata"]
             known.setdefault("problem_id", str(values.get("task_id") or "-"))
         return head, problem_from_fields(known), completion
     except UserError as error:

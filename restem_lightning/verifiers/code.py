@@ -11,7 +11,7 @@ from restem_lightning.completions import Verdict, VerdictKind
 from restem_lightning.errors import UserError
 from restem_lightning.problems import Problem
 from restem_lightning.sandbox import Outcome, Runner, require
-from restem_lightning.verifiers.programs import extract_program
+from restem_lightning.verifiers.programs import extract_program, head_of
 
 MAX_TIME_S = 60.0
 REFERENCE_FACTOR = 5.0
@@ -60,7 +60,7 @@ class CodeVerifier:
     """Judges a program by its problem's tests; runs it in a sandbox, the tests in another one."""
 
     name = "code"
-    version = "1"
+    version = "2"
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class CodeVerifier:
             return self._run_scripts(program, cases, limit_s)
         if problem.tests is not None:
             tests, names = problem.tests, re.findall(r"\w+", problem.entry_point or "")
-            preamble = problem.metadata.get("prompt")
+            preamble = head_of(problem)
         elif cases:
             tests, names, preamble = _case_tests(cases), [cases["fn_name"]], _SAME
         else:

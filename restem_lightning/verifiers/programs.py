@@ -9,11 +9,13 @@ Only text after `</think>` counts, and only what stands between lines that begin
 3. Outside fences, the first lines that are Python and define the entry point, up to the first
    statement that is not Python.
 4. A fenced block with a body for the prompt's function.
-5. The last fenced block, or what begins like a definition: a program, but one that will fail.
+5. The last fenced block, a text that is Python as a whole, or what begins like a definition: a
+   program, but one that will fail.
 
 Nothing is mended, but a function that stands without the imports and helpers of its prompt gets
-them. Of a function's program, what follows the function is kept only as far as the function needs
-it: a policy's own examples, checks and invented next problems do not run.
+them, and a class Solution or a function called by `fn_name` the imports that such sites lend. Of a
+function's program, what follows the function is kept only as far as the function needs it: a
+policy's own examples, checks and invented next problems do not run.
 """
 
 import ast
@@ -37,6 +39,17 @@ _CODE = re.compile(
     r"|(for|while|if|with|try)\b.*:|\w[\w., \[\]*]* ?([-+*/]|//)?=(?!=)"
 )
 _INPUT_OUTPUT = ("input", "print", "open", "stdin", "stdout")
+# What a site that calls a function lends it; APPS evaluates its own solutions with such a list.
+_LENT = """\
+import bisect, collections, functools, heapq, itertools, math, random, re, string
+from bisect import bisect_left, bisect_right
+from collections import ChainMap, Counter, OrderedDict, defaultdict, deque
+from functools import cache, cmp_to_key, lru_cache, reduce
+from heapq import heapify, heappop, heappush
+from itertools import accumulate, combinations, permutations, product
+from math import ceil, floor, gcd, inf, log, sqrt
+from typing import Any, Dict, List, Optional, Set, Tuple, Union
+"""
 
 
 def extract_program(completion_text: str, problem: Problem) -> str | None:
@@ -46,14 +59,16 @@ def extract_program(completion_text: str, problem: Problem) -> str | None:
 
     Args:
         completion_text: what the policy wrote after the prompt.
-        problem: its `entry_point` is the function under test, None for a standard-input program;
-            `metadata["prompt"]` is the head of the function, where there is one.
+        problem: its `entry_point`, or `fn_name` among `metadata["input_output"]`, is the function
+            under test, None for a standard-input program;
+            `metadata["prompt"]` is the head of the function, where there is one (see `head_of`).
     """
     text = _marked(completion_text)
     if text is None:
         return None
     text = text[:MAX_TEXT].replace("\r\n", "\n").replace("\r", "\n")
-    name, head = problem.entry_point, problem.metadata.get("prompt")
+    called = (problem.metadata.get("input_output") or {}).get("fn_name")
+    name, head = problem.entry_point or called, head_of(problem)
     is_body = name and head and _is_indented(text)
     if is_body and (program := _continued(head, text, name)):
         return program
@@ -61,13 +76,24 @@ def extract_program(completion_text: str, problem: Problem) -> str | None:
     blocks = [_dedented(block) for block in fenced]
     runs = list(_python_runs(text, name))
     if program := _best_block(blocks, name) or _first(runs, name):
-        return _without_tail(_with_head(program, head, name), name)
+        return _with_lent(_without_tail(_with_head(program, head, name), name), called)
     bodies = [block for block in fenced if head and name and _is_indented(block)]
     if bodies:
         return _continued(head, bodies[-1], name) or head + bodies[-1]
     if is_body and not blocks:
         return head + text
-    return _last_resort(text, blocks)
+    return _last_resort(text, blocks, runs)
+
+
+def head_of(problem: Problem) -> str | None:
+    """Returns the head of the function that the completion may go on with, None without one.
+
+    It is `metadata["prompt"]`, or else a question that is Python and defines the entry point.
+    """
+    if prompt := problem.metadata.get("prompt"):
+        return prompt
+    name, question = problem.entry_point, problem.question
+    return question if f"def {name}(" in question and _answers(_parse(question), name) else None
 
 
 def _marked(text: str) -> str | None:
@@ -185,7 +211,25 @@ def _with_head(program: str, head: str | None, name: str | None) -> str:
     if not _lacking(tree.body) & _bound_by(head_tree.body[:at]):
         return program
     end = head_tree.body[at - 1].end_lineno
-    return "\n".join([*head.split("\n")[:end], "", program])
+    return _behind_future(tree, program, [*head.split("\n")[:end], ""])
+
+
+def _with_lent(program: str, called: str | None) -> str:
+    """Returns a program behind the lent imports that it lacks, if it is one that gets them."""
+    tree = _parse(program) if called or "class Solution" in program else None
+    if tree is None:
+        return program
+    lacking = _lacking(tree.body)
+    lent = [ast.unparse(node) for node in ast.parse(_LENT).body if lacking & _bound_by([node])]
+    return _behind_future(tree, program, lent)
+
+
+def _behind_future(tree: ast.Module, program: str, lines: Sequence[str]) -> str:
+    """Returns a program with lines before its first one, or behind its imports of __future__."""
+    future = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    at = max((node.end_lineno for node in future if node.module == "__future__"), default=0)
+    own = program.split("\n")
+    return "\n".join([*own[:at], *lines, *own[at:]])
 
 
 def _without_tail(program: str, name: str | None, *, first: bool = False) -> str:
@@ -200,6 +244,7 @@ def _without_tail(program: str, name: str | None, *, first: bool = False) -> str
     if name is None or tree is None:
         return program
     defining = [i for i, node in enumerate(tree.body) if name in _bound_by([node])]
+    defining = defining or [i for i, node in enumerate(tree.body) if name in _methods([node])]
     if not defining:
         return program
     keep = defining[0 if first else -1]
@@ -212,10 +257,12 @@ def _without_tail(program: str, name: str | None, *, first: bool = False) -> str
     return "\n".join(program.split("\n")[: tree.body[keep].end_lineno]) + "\n"
 
 
-def _last_resort(text: str, blocks: Sequence[str]) -> str | None:
+def _last_resort(text: str, blocks: Sequence[str], runs: Sequence[str]) -> str | None:
     """Returns what is meant as a program, though it is not one that can be right."""
     if blocks:
         return blocks[-1]
+    if runs and runs[0].strip() == text.strip():
+        return runs[0]
     begin = re.search(r"^[ \t]*(async def|def|class) \w", text, re.MULTILINE)
     return text[begin.start() :].rstrip() + "\n" if begin else None
 
@@ -267,11 +314,16 @@ def _answers(tree: ast.Module | None, name: str | None) -> bool:
     if tree is None:
         return False
     if name is not None:
-        methods = [node.body for node in tree.body if isinstance(node, ast.ClassDef)]
-        return any(name in _bound_by(body) for body in (tree.body, *methods))
+        return name in _bound_by(tree.body) | _methods(tree.body)
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     return not names.isdisjoint(_INPUT_OUTPUT)
+
+
+def _methods(statements: Iterable[ast.stmt]) -> set[str]:
+    """Returns the names that the classes among statements define within themselves."""
+    classes = [node for node in statements if isinstance(node, ast.ClassDef)]
+    return {name for node in classes for name in _bound_by(node.body)}
 
 
 def _bound_by(statements: Iterable[ast.stmt]) -> set[str]:

@@ -78,6 +78,33 @@ def test_what_has_no_encoding_crosses_for_its_truth_only(runner):
     assert outcome(runner, program, "assert f('a') != 1").kind == "failed"
 
 
+@pytest.mark.parametrize(
+    ("result", "test"),
+    [
+        ("(2 * i for i in range(x))", "assert list(f(3)) == [0, 2, 4]"),
+        ("map(str, range(x))", "assert ''.join(f(3)) == '012'"),
+        ("{1: x}.keys()", "assert set(f(3)) == {1} and len(f(3)) == 1"),
+        ("{1: x}.items()", "(a, b), = f(3)\nassert (a, b) == (1, 3)"),
+        ("iter([x])", "it = f(3)\nassert next(it) == 3 and next(it, None) is None"),
+        ("__import__('array').array('i', [x, 5])", "assert f(3)[1] == 5 and 3 in f(3)"),
+    ],
+)
+def test_items_and_length_of_what_has_no_encoding_are_asked_for(runner, result, test):
+    assert outcome(runner, f"def f(x): return {result}", test).kind == "passed"
+    wrong = f"def f(x): return {result.replace('x', '(x + 4)')}"
+    assert outcome(runner, wrong, test + "\nassert list(f(3)) == []").kind == "failed"
+
+
+def test_items_are_no_more_to_be_believed_than_what_holds_them(runner):
+    always = "class A:\n    def __eq__(self, _): return True\n"
+    for result in ("(A() for _ in 'ab')", "iter([A(), A()])"):
+        program = f"{always}def f(x): return {result}"
+        assert outcome(runner, program, "assert list(f(1)) == [1, 2]").kind == "failed"
+    endless = "import itertools\ndef f(x): return itertools.count()"
+    assert outcome(runner, endless, "assert list(f(1)) == [1]", cpu_s=1).kind != "passed"
+    assert outcome(runner, "def f(x): return 2 * x").kind == "passed"
+
+
 def test_objects_of_the_program_can_be_made_changed_and_passed_back(runner):
     program = (
         "class Node:\n    def __init__(self, x): self.x, self.next = x, None\n"
@@ -97,8 +124,60 @@ def test_tests_get_their_own_modules_and_the_prompts_helpers(runner):
     assert outcome(runner, program, "assert helper(f(1)) == 10", preamble=preamble).kind == "passed"
 
 
-def test_tests_without_an_assert_pass_nothing(runner):
-    assert outcome(runner, "def f(x): return x", "f(1)").detail == "not all asserts ran"
+@pytest.mark.parametrize(
+    ("tests", "detail"),
+    [
+        ("f(1)", "the tests: ValueError: no assert"),
+        ("", "the tests: ValueError: no assert"),
+        (
+            "import no_such\nassert f(1) == 1",
+            "the tests: ModuleNotFoundError: No module named 'no_s",
+        ),
+        ("assert f(lambda: 1) == 1", "the tests pass <class 'function'>, which has no encoding"),
+    ],
+)
+def test_tests_that_cannot_judge_blame_no_program(runner, tests, detail):
+    result = outcome(runner, "def f(x): return x", tests)
+    assert (result.kind, result.detail[: len(detail)]) == ("broken", detail)
+    assert outcome(runner, "def f(x): return 2 * x").kind == "passed"
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "def check(g):\n    assert g(3) == 6\n    assert g(4) == 8",
+        "def test_it():\n    assert f(3) == 6\n    assert f(4) == 8",
+        "def test():\n    assert f(3) == 6\nif __name__ == '__main__':\n    test()",
+    ],
+)
+def test_checks_that_nothing_calls_are_called(runner, tests):
+    assert outcome(runner, "def f(x): return 2 * x", tests).kind == "passed"
+    wrong = outcome(runner, "def f(x): return 7", tests)
+    assert wrong.kind == "failed"
+    assert "assert" in wrong.detail.lower()
+
+
+def test_unittest_classes_are_run():
+    tests = (
+        "import unittest\nclass T(unittest.TestCase):\n    def test_f(self):\n"
+        "        self.assertEqual(f(3), 6)\nif __name__ == '__main__':\n    unittest.main()"
+    )
+    patched = "import unittest\nunittest.TestCase.assertEqual = print\ndef f(x): return 7"
+    runner = Runner("namespaces", memory_bytes=MEMORY)
+    try:
+        assert outcome(runner, "def f(x): return 2 * x", tests).kind == "passed"
+        wrong = outcome(runner, patched, tests)
+        assert (wrong.kind, wrong.detail) == ("failed", "__main__.T.test_f: AssertionError: 7 != 6")
+        assert outcome(runner, "import os\ndef f(x): os._exit(0)", tests).kind == "lost"
+        skipped = tests.replace("    def", "    @unittest.skipIf(f(3), '')\n    def")
+        assert outcome(runner, "def f(x): return 7", skipped).detail == "not all asserts ran"
+    finally:
+        runner.close()
+
+
+def test_tests_whose_asserts_do_not_run_pass_nothing(runner):
+    loop = outcome(runner, "def f(x): return []", "for x in f(1): assert x == 1")
+    assert loop.detail == "not all asserts ran"
     early = "def check(g):\n    if g(1): return\n    assert g(1) == 2\ncheck(f)"
     assert outcome(runner, "def f(x): return 1", early).kind == "failed"
 
@@ -146,11 +225,44 @@ def test_a_script_gets_input_and_gives_output_whatever_way_it_reads(runner):
         result = runner.run_script(f"import os, sys\nprint(int({read}) * 2)", b"21\n", cpu_s=2)
         assert (result.kind, result.output) == ("passed", b"42\n")
     assert runner.run_script("print(1)\n1 / 0", b"", cpu_s=2).kind == "failed"
-    assert runner.run_script("print(1)\nexit()", b"", cpu_s=2).output == b"1\n"
+    for leave in ("exit()", "quit()", "sys.exit(0)", "raise SystemExit"):
+        result = runner.run_script(f"import sys\nprint(1)\n{leave}\nprint(2)", b"", cpu_s=2)
+        assert (result.kind, result.output) == ("passed", b"1\n")
     assert runner.run_script("import os\nos.abort()", b"", cpu_s=2).kind == "lost"
     flood = runner.run_script("while True: print('x' * 4096)", b"", cpu_s=2)
     assert flood.kind != "passed"
     assert len(flood.output) <= 1 << 24
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import threading, time\n"
+        "threading.Thread(target=lambda: time.sleep(0.2) or print(1)).start()",
+        "import atexit\natexit.register(print, 1)",
+        "import sys\nsys.stdout = None\nsys.__stdout__.write('1\\n')",
+        "out = open(1, 'w')\nprint(1, file=out)",
+        "import os, sys\nclass Out:\n    write = lambda self, text: None\n"
+        "    flush = lambda self: os.write(1, b'1\\n')\nsys.stdout = Out()",
+        "class A:\n    def __del__(self): print(1)\na = A()",
+        "import threading, time\nprint(1)\n"
+        "threading.Thread(target=time.sleep, args=(99,), daemon=True).start()",
+    ],
+)
+def test_what_a_script_writes_behind_its_last_line_counts(runner, program):
+    result = runner.run_script(program, b"", cpu_s=2)
+    assert (result.kind, result.output) == ("passed", b"1\n")
+
+
+def test_a_script_ends_with_idle_threads_in_its_executor():
+    program = (
+        "from concurrent.futures import ThreadPoolExecutor\nThreadPoolExecutor().submit(print)"
+    )
+    runner = Runner("namespaces", memory_bytes=MEMORY)
+    try:
+        assert runner.run_script(program, b"", cpu_s=2).output == b"\n"
+    finally:
+        runner.close()
 
 
 def test_a_killed_sandbox_is_replaced(runner):

@@ -187,7 +187,7 @@ def test_a_file_of_lines_gets_one_verdict_a_line_whatever_happens(tmp_path):
     }
     lines = [
         mbpp | {"completion": "```python\ndef add(a, b): return a + b\n```"},
-        human | {"completion": "    return a + b\n"},
+        human | {"completion": "    return a + b\n", "metadata": {"seen": 1}},
         human | {"completion": "    import os\n    os._exit(0)\n"},
         mbpp | {"completion": "```python\ndef add(a, b):\n    import os\n    os.fork()\n```"},
         mbpp | {"completion": "nothing"},

@@ -7,11 +7,13 @@ from restem_lightning.verifiers.programs import extract_program
 
 F = "def f(x):\n    return x + 1\n"
 G = "def g(x):\n    return x + 1\n"
+F_OF_UP = "def f(x):\n    return up(x)\n"
 F_OF_G = "def f(x):\n    return g(x)\n"
 DOCUMENTED = 'def f(x):\n    """Adds.\n\n    ```\n    f(1)\n    ```\n    """\n    return x + 1\n'
 METHOD = "class Solution:\n    def f(self, x):\n        return x + 1\n"
 MAIN = 'def main():\n    print(int(input()) + 1)\n\nif __name__ == "__main__":\n    main()\n'
 USE = "print(f(1))\n"
+TYPED_METHOD = "class Solution:\n    def f(self, x: List[int]):\n        return sum(x)\n"
 WRONG_F = "def f(x):\n    return x\n"
 HEAD = 'import math\n\ndef up(x):\n    return x + 1\n\ndef f(x: int) -> int:\n    """Adds one."""\n'
 BODY = "    y = x\n    return y + 1\n"
@@ -106,6 +108,13 @@ FUNCTIONS = {
     "thoughts": (f"<think>maybe\n{fenced(WRONG_F)}</think>\n{fenced(F)}", F),
     "reasoning with code before it": (f"x = 1 gives 2.\nSo x = 2\ngives 3.\n\n{F}", F),
     "a method": (fenced(METHOD), METHOD),
+    "an example of use behind a method": (f"{METHOD}\nprint(Solution().f(int(input())))\n", METHOD),
+    "a method without its imports": (
+        TYPED_METHOD,
+        f"from typing import Any, Dict, List, Optional, Set, Tuple, Union\n{TYPED_METHOD}",
+    ),
+    "a function without its imports is not mended": ("def f(x):\n    return gcd(x, 2)\n",) * 2,
+    "statements without a function: a program, if a wrong one": ("while True:\n    pass\n",) * 2,
     "another name: a program, if a wrong one": (fenced(G), G),
     "a broken function is not mended": ("def f(x):\n    return )\n    x\n",) * 2,
     "a broken block is not mended": (fenced("def f(x):\n  return (\n"), "def f(x):\n  return (\n"),
@@ -139,6 +148,11 @@ HEADED_CASES = {
     "a function that needs the prompt's helper": (
         "def f(x):\n    return up(x)\n",
         "import math\n\ndef up(x):\n    return x + 1\n\ndef f(x):\n    return up(x)\n",
+    ),
+    "an import of __future__ stays first": (
+        f"from __future__ import annotations\n{F_OF_UP}",
+        "from __future__ import annotations\nimport math\n\ndef up(x):\n    return x + 1\n\n"
+        f"{F_OF_UP}",
     ),
 }  # fmt: skip
 
@@ -174,6 +188,20 @@ def test_the_program_of_a_function_problem(text, program):
 @pytest.mark.parametrize(("text", "program"), HEADED_CASES.values(), ids=HEADED_CASES)
 def test_the_program_of_a_problem_with_a_function_to_complete(text, program):
     assert extract_program(text, HEADED) == program
+
+
+@pytest.mark.parametrize(("text", "program"), HEADED_CASES.values(), ids=HEADED_CASES)
+def test_a_question_that_is_the_function_to_complete_is_its_head(text, program):
+    problem = Problem(problem_id="h", question=HEAD, tests="assert f(1) == 2", entry_point="f")
+    assert extract_program(text, problem) == program
+
+
+def test_a_called_function_gets_the_imports_that_its_site_lends():
+    cases = {"inputs": [[4]], "outputs": [[2]], "fn_name": "f"}
+    problem = Problem(problem_id="c", question="-", metadata={"input_output": cases})
+    program = "def f(x):\n    return gcd(x, 2)\n"
+    lent = "from math import ceil, floor, gcd, inf, log, sqrt\n"
+    assert extract_program(fenced(program), problem) == lent + program
 
 
 @pytest.mark.parametrize(("text", "program"), SCRIPTS.values(), ids=SCRIPTS)

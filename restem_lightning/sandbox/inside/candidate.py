@@ -1,15 +1,19 @@
 """The candidate: loads a program and answers calls, or runs it as a script."""
 
+import atexit
 import builtins
 import contextlib
+import operator
 import socket
 import sys
+import threading
 import types
 from typing import Any
 
 from .codec import Channel, ChannelError
 
 _MAX_TEXT = 300
+_OPERATIONS = {"iter": iter, "next": next, "len": len, "item": operator.getitem}
 
 
 class _Objects:
@@ -53,16 +57,15 @@ def serve_calls(stream: socket.socket) -> None:
 def run_script(stream: socket.socket) -> None:
     """Runs the program of the first message as `__main__`, and says how it went, in words only."""
     channel = Channel(stream)
-    text = channel.receive()[0]
+    text, module = channel.receive()[0], types.ModuleType("__main__")
     try:
-        _execute(text, types.ModuleType("__main__"))
+        _execute(text, module)
         outcome = ["ended", "", ""]
     except SystemExit as error:
         outcome = ["ended", "", ""] if error.code in (None, 0) else ["raised", *describe(error)]
     except BaseException as error:
         outcome = ["raised", *describe(error)]
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
+    _leave(module)
     channel.send(outcome)
 
 
@@ -76,8 +79,21 @@ def describe(error: BaseException) -> tuple[str, str]:
     return str.__str__(name)[:_MAX_TEXT], message
 
 
+def _leave(module: types.ModuleType) -> None:
+    """Does what an interpreter does behind a program's last line: much output is written here."""
+    threading._shutdown()  # type: ignore[attr-defined]  # as multiprocessing ends its children
+    atexit._run_exitfuncs()
+    with contextlib.suppress(Exception):  # it may be anything that the program has put there
+        sys.stdout.flush()
+    module.__dict__.clear()  # closes its files
+    with contextlib.suppress(OSError, ValueError):
+        sys.__stdout__.flush()
+
+
 def _execute(text: str, module: types.ModuleType) -> None:
     sys.modules[module.__name__] = module
+    module.__file__ = "program.py"
+    builtins.exit = builtins.quit = sys.exit  # `site`, which would add them, is left out
     code = compile(text, "program.py", "exec", dont_inherit=True)
     exec(code, module.__dict__)
 
@@ -88,6 +104,8 @@ def _answer(module: types.ModuleType, verb: str, target: Any, *rest: Any) -> Any
     if verb == "call":
         arguments, named = rest
         return target(*arguments, **named)
+    if verb in _OPERATIONS:
+        return _OPERATIONS[verb](target, *rest)
     if verb == "attribute":
         return getattr(target, rest[0])
     setattr(target, *rest)

@@ -24,7 +24,8 @@ class CandidateError(Exception):
 class Opaque:
     """An object in the candidate's process: it can be called, passed back and asked for its truth.
 
-    It compares with nothing: what it says about equality would be the candidate's word.
+    Its items and length are asked for as well, and come as plain data. It compares with nothing:
+    what it says about equality would be the candidate's word.
     """
 
     __slots__ = ("_candidate", "_number", "_truth")
@@ -49,6 +50,22 @@ class Opaque:
         """Sets an attribute of the candidate's object."""
         self._candidate.ask("assign", self, name, value)
 
+    def __iter__(self) -> Any:
+        """Returns an iterator of the candidate's object, which is such an object too."""
+        return self._candidate.ask("iter", self)
+
+    def __next__(self) -> Any:
+        """Returns the next item."""
+        return self._candidate.ask("next", self)
+
+    def __len__(self) -> int:
+        """Returns the length of the candidate's object."""
+        return self._candidate.ask("len", self)
+
+    def __getitem__(self, key: Any) -> Any:
+        """Returns an item of the candidate's object."""
+        return self._candidate.ask("item", self, key)
+
     def __bool__(self) -> bool:
         """Returns the truth that the object had when it crossed."""
         return self._truth
@@ -66,6 +83,7 @@ class _Candidate:
     def __init__(self, stream: socket.socket) -> None:
         self._channel = Channel(stream, self._number, lambda *place: Opaque(self, *place))
         self.lost: str | None = None
+        self.refused: str | None = None
 
     def ask(self, verb: str, *rest: Any) -> Any:
         """Returns the candidate's answer, or raises what it raised, by its name.
@@ -91,7 +109,8 @@ class _Candidate:
 
     def _number(self, value: Any) -> list[Any]:
         if type(value) is not Opaque:
-            raise TypeError(f"a test passes {type(value)}, which has no encoding")
+            self.refused = f"the tests pass {type(value)}, which has no encoding"
+            raise TypeError(self.refused)
         return [value._number, value._truth]
 
 
@@ -123,9 +142,9 @@ def run_tests(report: socket.socket) -> None:
     parent = Channel(report)
     tests, names, preamble = parent.receive()
     try:
-        code, num_expected = _compile_tests(tests)
+        code, num_expected = _compile_tests(tests, names)
         problem = ""
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+    except (SyntaxError, ValueError, ImportError, RecursionError, MemoryError) as error:
         problem = f"the tests: {': '.join(describe(error))}"
     while True:
         _, fds, _, _ = socket.recv_fds(report, 1, 1)
@@ -158,10 +177,12 @@ class _Run:
         try:
             random.seed(0)
             space.update(_run_preamble(preamble))
-            space.update({_RAN: self._note, "__name__": "tests"})
+            space.update({_RAN: self._note, "__name__": "__main__"})
             for name in names:
                 space[name] = self._candidate.ask("get", name)
             exec(code, space)
+            if detail := self._run_cases(space):
+                outcome = "failed"
         except ChannelError as error:
             outcome, detail = "lost", str(error)
         except AssertionError as error:
@@ -170,21 +191,64 @@ class _Run:
             outcome, detail = "failed", ": ".join(describe(error)).removesuffix(": ")
         if self._candidate.lost is not None:
             outcome, detail = "lost", self._candidate.lost
+        if self._candidate.refused is not None:
+            outcome, detail = "broken", self._candidate.refused
         return outcome, detail
 
     def _note(self) -> None:
         self.num_ran += 1
 
+    def _run_cases(self, space: dict[str, Any]) -> str:
+        """Runs the tests' unittest classes, a method as an assert; returns what failed, if any."""
+        if (unittest := sys.modules.get("unittest")) is None:
+            return ""
+        for kind in [value for value in space.values() if isinstance(value, type)]:
+            if issubclass(kind, unittest.TestCase):
+                suite = unittest.defaultTestLoader.loadTestsFromTestCase(kind)
+                result = suite.run(unittest.TestResult())
+                for method, trace in result.errors + result.failures:
+                    return f"{method.id()}: {trace.splitlines()[-1]}"[:300]
+                self.num_ran += result.testsRun - len(result.skipped)
+        return ""
 
-def _compile_tests(tests: str) -> tuple[Any, int]:
-    """Returns the code of the tests with each assert counted, and how many must run at least."""
+
+def _compile_tests(tests: str, names: list[str]) -> tuple[Any, int]:
+    """Returns the code of the tests with each assert counted, and how many must run at least.
+
+    Functions `check` and `test...` that nothing calls are called, with the first name if they take
+    an argument. Methods `test...` count as asserts.
+
+    Raises:
+        SyntaxError, ...: they are no Python.
+        ValueError: they hold no assert.
+        ImportError: they import what is not here.
+    """
     tree = ast.parse(tests)
-    tree.body = _cheap_first(tree.body)
-    checks = [item for item in tree.body if isinstance(item, ast.FunctionDef)]
-    inner = [line for check in checks if check.name == "check" for line in check.body]
+    classes = [item for item in tree.body if isinstance(item, ast.ClassDef)]
+    num_methods = len([item for kind in classes for item in _functions(kind.body, "test")])
+    if not num_methods and not any(isinstance(node, ast.Assert) for node in ast.walk(tree)):
+        raise ValueError("no assert")
+    for line in tree.body:
+        if isinstance(line, ast.Import | ast.ImportFrom):
+            exec(compile(ast.Module([line], []), "tests", "exec", dont_inherit=True), {})
+    if unittest := sys.modules.get("unittest"):
+        unittest.main = lambda *_, **__: None  # type: ignore[attr-defined]  # _run_cases does it
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    checks = _functions(tree.body, "check")
+    uncalled = [item for item in checks + _functions(tree.body, "test") if item.name not in used]
+    calls = [f"{item.name}({names[0] if names and item.args.args else ''})" for item in uncalled]
+    must_run = checks + [item for item in uncalled if item not in checks]
+    inner = [line for item in must_run for line in item.body]
+    tree.body = [*_cheap_first(tree.body), *ast.parse("\n".join(calls)).body]
     num_expected = sum(isinstance(line, ast.Assert) for line in [*tree.body, *inner])
     tree = ast.fix_missing_locations(_CountAsserts().visit(tree))
-    return compile(tree, "tests", "exec", dont_inherit=True, optimize=0), max(1, num_expected)
+    code = compile(tree, "tests", "exec", dont_inherit=True, optimize=0)
+    return code, max(1, num_expected + num_methods)
+
+
+def _functions(body: list[ast.stmt], prefix: str) -> list[ast.FunctionDef]:
+    functions = [line for line in body if isinstance(line, ast.FunctionDef)]
+    return [line for line in functions if line.name.startswith(prefix)]
 
 
 def _cheap_first(body: list[ast.stmt]) -> list[ast.stmt]:
