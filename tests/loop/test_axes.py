@@ -248,9 +248,12 @@ def test_a_sampler_with_another_tokenizer_is_refused(restem, fit_words, tmp_path
         ({"carry_optimizer": "true"}, "needs start_from previous"),
         ({"draw.num_problems": 0}, "leaves nothing to train on"),
         ({"e_step.stop_at_quota": "true", "selection.rewards": "majority"}, "looks at all"),
+        ({"e_step.stop_at_quota": "true", "selection.quota": "fail_rate", "hint": HINT}, "2 pools"),
+        ({"carry_optimizer": "true", "start_from": "previous", "stop.rule": "none",
+          "model.lora": '{"r": 2}'}, "fresh adapters"),
         ({"per_iteration": '{"seed_everything": [1, 2]}'}, "must be a setting of one of"),
     ],
-)
+)  # fmt: skip
 def test_settings_that_do_not_fit_together_are_one_line(
     changes, message, restem, fit_words, tmp_path
 ):
