@@ -137,6 +137,10 @@ class ClassifierScorer:
                 self.policy, dtype=torch.float32
             )
             self._tokenizer = AutoTokenizer.from_pretrained(self.policy)
+            if self._tokenizer.pad_token is None:
+                self._tokenizer.pad_token = self._tokenizer.eos_token
+            # A decoder's score is that of the last token of another id.
+            model.config.pad_token_id = self._tokenizer.pad_token_id
             self._model = model.eval().to(self.device)
         texts = [
             self.text_format.replace("{question}", problem.question).replace(
