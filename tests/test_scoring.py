@@ -127,6 +127,7 @@ class Length:
         ("weighted", "long enough", WRONG, WRONG, 0.275),
         ("weighted", "short", CORRECT, CORRECT, 0.875),
         ("weighted", "long enough", TIMEOUT, TIMEOUT, 0.0),
+        ("sum", "long enough", WRONG, WRONG, 1.1), ("sum", "short", CORRECT, CORRECT, 1.5),
     ],
 )  # fmt: skip
 def test_two_verdicts_become_one_and_both_are_kept(rule, text, kind, expected, reward):
