@@ -11,6 +11,7 @@ from restem_lightning.problems import Problem
 from restem_lightning.problems.records import read_rows
 
 ASSETS = Path(__file__).parent / "assets"
+_ANSWER = "the answer"  # stands for one in a conversation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +133,12 @@ class ChatPrompt:
         messages.append({"role": "user", "content": question})
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return Prompt(text=text, preamble=text.split(question)[0], add_special_tokens=False)
+
+    def after_answer(self, tokenizer: Any) -> str:
+        """Returns what the chat template writes behind an answer, such as the end of its turn."""
+        turns = [("user", "?"), ("assistant", _ANSWER)]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return tokenizer.apply_chat_template(messages, tokenize=False).rpartition(_ANSWER)[2]
 
 
 def encode_prompt(

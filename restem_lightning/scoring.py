@@ -5,7 +5,7 @@ light, killable and without torch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -21,7 +21,7 @@ from restem_lightning.m_step.weights import load_policy
 from restem_lightning.problems import Problem
 from restem_lightning.verifiers.composed import compose
 
-Rule = Literal["all", "any", "weighted"]
+Rule = Literal["all", "any", "weighted", "sum"]
 
 
 class Scorer(Protocol):
@@ -137,6 +137,10 @@ class ClassifierScorer:
                 self.policy, dtype=torch.float32
             )
             self._tokenizer = AutoTokenizer.from_pretrained(self.policy)
+            if self._tokenizer.pad_token is None:
+                self._tokenizer.pad_token = self._tokenizer.eos_token
+            # A decoder's score is that of the last token of another id.
+            model.config.pad_token_id = self._tokenizer.pad_token_id
             self._model = model.eval().to(self.device)
         texts = [
             self.text_format.replace("{question}", problem.question).replace(
@@ -171,7 +175,8 @@ class ScoringParams:
         scorer: class path of the scorer; null for none.
         threshold: the learned verifier says CORRECT of a score above it; with weighted, CORRECT is
             a weighted reward above it.
-        rule: how the two verdicts become one: all, any or weighted.
+        rule: how the two verdicts become one: all, any, weighted, or sum: the verifier's verdict,
+            with the sum of both rewards (arXiv 2412.17256, equation 2).
         weight: with weighted, the score's share of the reward, 0 to 1; 1 is the scorer alone.
     """
 
@@ -211,12 +216,15 @@ class ScoringParams:
 
     def _verdict(self, verdict: Verdict, score: float) -> Verdict:
         kind = VerdictKind.CORRECT if score > self.threshold else VerdictKind.WRONG
-        return compose(
+        both = compose(
             {"verifier": verdict, "learned": Verdict(kind=kind, reward=score)},
-            self.rule,
+            "all" if self.rule == "sum" else self.rule,
             weights={"verifier": 1 - self.weight, "learned": self.weight},
             threshold=self.threshold,
         )
+        if self.rule == "sum":
+            return replace(both, kind=verdict.kind, reward=verdict.reward + score)
+        return both
 
 
 def _sequence(completion: Completion, model: PreTrainedModel) -> TrainingSequence:

@@ -375,7 +375,7 @@ def test_v_star_pools_what_was_right_in_all_rounds_with_human_solutions():
 
 
 def test_b_star_scores_a_threshold_by_how_many_are_kept_and_how_many_are_right():
-    # Three problems, 6 wanted: (4 kept, 2 distinct right), (8, 8), nothing kept.
+    # Three problems, 6 wanted: (4 kept, 2 right), (8, 8), nothing kept.
     score = balance_score([(4, 2), (8, 8), (0, 0)], 6)
     assert score == pytest.approx((2 / 6 * 2 / 4 + 1 * 1 + 0) / 3)
     objects = made("b_star", 2)

@@ -81,14 +81,17 @@ def test_the_version_follows_the_weights(trained):
     assert LikelihoodScorer(trained).version != LikelihoodScorer(POLICY).version
 
 
+@pytest.mark.parametrize("pads", ["as the tokenizer", "otherwise", "never"])
 @pytest.mark.parametrize("num_labels", [1, 2])
-def test_a_classifier_gives_the_probability_of_its_label(num_labels, tmp_path):
+def test_a_classifier_gives_the_probability_of_its_label(num_labels, pads, tmp_path):
     torch.manual_seed(num_labels)
     tokenizer = AutoTokenizer.from_pretrained(POLICY)
-    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = None if pads == "never" else tokenizer.eos_token
+    padding = {"never": None, "otherwise": tokenizer.encode("a")[0]}
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, num_labels=num_labels, pad_token_id=tokenizer.eos_token_id,
+        num_attention_heads=2, num_labels=num_labels,
+        pad_token_id=padding.get(pads, tokenizer.eos_token_id),
     )  # fmt: skip
     model = Classifier(config).eval()
     model.save_pretrained(tmp_path)
@@ -124,6 +127,7 @@ class Length:
         ("weighted", "long enough", WRONG, WRONG, 0.275),
         ("weighted", "short", CORRECT, CORRECT, 0.875),
         ("weighted", "long enough", TIMEOUT, TIMEOUT, 0.0),
+        ("sum", "long enough", WRONG, WRONG, 1.1), ("sum", "short", CORRECT, CORRECT, 1.5),
     ],
 )  # fmt: skip
 def test_two_verdicts_become_one_and_both_are_kept(rule, text, kind, expected, reward):

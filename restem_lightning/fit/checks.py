@@ -43,6 +43,11 @@ def check_settings(config: Any, made: Any, run: RunDir, iteration: int) -> None:
             f"carry_optimizer (true) needs start_from previous ({made.start_from}) and stop.rule "
             f"none ({made.stop.rule}): the state fits the last weights only; set these"
         )
+    if made.carry_optimizer and config.model.lora:
+        raise UserError(
+            "carry_optimizer (true) must be false with model.lora: each M-step trains fresh "
+            "adapters, which the state of those before does not fit"
+        )
     if made.draw.num_problems == 0 and made.mix.human == "none":
         raise UserError("draw.num_problems (0) leaves nothing to train on; set mix.human")
     for name in OWN_TRAINER_SETTINGS:
@@ -58,7 +63,8 @@ def check_settings(config: Any, made: Any, run: RunDir, iteration: int) -> None:
             "draw more"
         )
     if made.e_step.stop_at_quota:
-        check_quota(made.selection)
+        num_pools = len(made.draw.names()) + (made.hint is not None)
+        check_quota(made.selection, num_pools=num_pools)
         if made.scoring.scorer is not None:
             raise UserError(
                 "e_step.stop_at_quota (true) must be false with scoring.scorer: scores come only "

@@ -70,7 +70,8 @@ class ReSTEMCLI(LightningCLI):
             type=bool,
             default=False,
             help="Whether an M-step goes on with the optimizer's state of the one before; for "
-            "start_from previous and stop.rule none. The learning rate schedule begins anew.",
+            "start_from previous and stop.rule none, without model.lora. The learning rate "
+            "schedule begins anew.",
         )
         parser.add_argument(
             "--per_iteration",

@@ -94,7 +94,7 @@ def choose_balance(
             )
             barrier(stage.is_leaving)
             for one in params.thresholds or (threshold,):
-                score = balance_score(_selected(store, one), params.num_wanted)
+                score = balance_score(count_selected(store, one), params.num_wanted)
                 scores.append({"temperature": temperature, "threshold": one, "score": score})
         if is_rank_zero():
             best = max(scores, key=lambda row: row["score"])
@@ -104,16 +104,17 @@ def choose_balance(
     return best["temperature"], best["threshold"]
 
 
-def _selected(store: CompletionStore, threshold: float | str) -> list[tuple[int, int]]:
-    """Returns, for each problem, how many pass, and how many distinct correct ones among them."""
+def count_selected(store: CompletionStore, threshold: float | str) -> list[tuple[int, int]]:
+    """Returns, for each problem, how many distinct texts pass, and how many of these are correct.
+
+    So with a binary reward all that is selected is correct, as the source of the score has it.
+    """
     selected = []
     for part in store.iter_parts(["problem_id", "verdict", "reward", "finish_reason", "text"]):
-        texts: dict[str, list[tuple[bool, str]]] = defaultdict(list)
+        texts: dict[str, dict[str, bool]] = defaultdict(dict)
         for row in part.to_pylist():
             kind, some = VerdictKind(row["verdict"]), texts[row["problem_id"]]
             if row["finish_reason"] != "length" and passes(kind, row["reward"], threshold):
-                some.append((kind is VerdictKind.CORRECT, row["text"]))
-        selected += [
-            (len(some), len({text for right, text in some if right})) for some in texts.values()
-        ]
+                some[row["text"]] = kind is VerdictKind.CORRECT
+        selected += [(len(some), sum(some.values())) for some in texts.values()]
     return selected

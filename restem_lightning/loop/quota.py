@@ -9,8 +9,12 @@ from restem_lightning.errors import UserError
 from restem_lightning.selection import SelectionParams, dedupe_key, is_acceptable, limit_of
 
 
-def check_quota(selection: SelectionParams) -> None:
+def check_quota(selection: SelectionParams, *, num_pools: int = 1) -> None:
     """Checks that drawing may stop at the quota without changing the accepted dataset.
+
+    Args:
+        selection: the settings.
+        num_pools: pools of an E-step that are united, that of a hint among them.
 
     Raises:
         UserError: each further completion could change it, or there is no quota.
@@ -32,6 +36,11 @@ def check_quota(selection: SelectionParams) -> None:
         raise UserError(
             "selection.max_per_problem (null) must be a number with e_step.stop_at_quota; set it, "
             "or e_step.stop_at_quota to false"
+        )
+    if selection.quota == "fail_rate" and num_pools > 1:
+        raise UserError(
+            f"selection.quota (fail_rate) goes by the first completions of all {num_pools} pools "
+            "(draw.policies, hint); draw one pool, or set e_step.stop_at_quota to false"
         )
 
 

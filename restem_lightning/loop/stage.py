@@ -61,13 +61,22 @@ def load_policy(folder: str, engine: EngineParams) -> Policy:
     )
 
 
-def eos_ids(folder: str) -> tuple[int, ...]:
-    """Returns the token ids that end a completion of a policy folder, the one to write first."""
+def eos_ids(folder: str, template: PromptTemplate | None = None) -> tuple[int, ...]:
+    """Returns the token ids that end a completion of a policy folder, the one to write first.
+
+    Of several that is the one which the template writes behind an answer, if it has the method
+    `after_answer`: a chat model's turn may end otherwise than a document.
+    """
     try:
         eos = GenerationConfig.from_pretrained(folder).eos_token_id
     except OSError:  # there is no generation_config.json
         eos = AutoConfig.from_pretrained(folder).eos_token_id
-    return tuple([eos] if isinstance(eos, int) else eos or [])
+    ids = [eos] if isinstance(eos, int) else eos or []
+    if len(ids) > 1 and hasattr(template, "after_answer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        written = tokenizer.encode(template.after_answer(tokenizer), add_special_tokens=False)
+        ids = sorted(ids, key=[*written, *ids].index)
+    return tuple(ids)
 
 
 def engine_record(engine: EngineParams) -> dict[str, Any]:

@@ -9,14 +9,18 @@ import pytest
 import torch
 
 from restem_lightning.completion_store import CompletionStore
+from restem_lightning.completions import VerdictKind
 from restem_lightning.errors import UserError
+from restem_lightning.loop.balance import count_selected
 from restem_lightning.loop.draw import DrawParams, problems_of_e_step
 from restem_lightning.loop.mixing import MixParams
 from restem_lightning.m_step.export import policy_hash
 from restem_lightning.problems import WordProblems
 from restem_lightning.run_dir import RunDir, read_json
 from restem_lightning.settings import EMBEDDED_POLICY
+from tests.factories import make_completion
 
+CORRECT, WRONG = VerdictKind.CORRECT, VerdictKind.WRONG
 HINT = json.dumps(
     {
         "class_path": "restem_lightning.prompts.FewShotPrompt",
@@ -140,6 +144,16 @@ def test_the_balance_sets_the_temperature_of_the_round(whole):
     assert tried[0] != set(drawn[:4])
 
 
+def test_a_completion_that_was_drawn_twice_counts_once_in_the_balance(tmp_path):
+    texts = [("7", CORRECT), ("7", CORRECT), ("8", CORRECT), ("9", WRONG), ("9", WRONG)]
+    store = CompletionStore(tmp_path)
+    store.write_part(
+        0, [make_completion(kind, completion_index=i, text=t) for i, (t, kind) in enumerate(texts)]
+    )
+    assert count_selected(store, "correct") == [(2, 2)]  # a binary reward selects no wrong one
+    assert count_selected(store, -0.5) == [(3, 2)]
+
+
 def test_start_and_length_of_the_m_step_follow_the_iteration(whole):
     starts = [read_json(whole.iteration(i).manifest)["trained_from"] for i in (1, 2, 3)]
     previous = [str(whole.iteration(i).policy) for i in (1, 2)]
@@ -234,9 +248,12 @@ def test_a_sampler_with_another_tokenizer_is_refused(restem, fit_words, tmp_path
         ({"carry_optimizer": "true"}, "needs start_from previous"),
         ({"draw.num_problems": 0}, "leaves nothing to train on"),
         ({"e_step.stop_at_quota": "true", "selection.rewards": "majority"}, "looks at all"),
+        ({"e_step.stop_at_quota": "true", "selection.quota": "fail_rate", "hint": HINT}, "2 pools"),
+        ({"carry_optimizer": "true", "start_from": "previous", "stop.rule": "none",
+          "model.lora": '{"r": 2}'}, "fresh adapters"),
         ({"per_iteration": '{"seed_everything": [1, 2]}'}, "must be a setting of one of"),
     ],
-)
+)  # fmt: skip
 def test_settings_that_do_not_fit_together_are_one_line(
     changes, message, restem, fit_words, tmp_path
 ):

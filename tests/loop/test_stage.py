@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
-from restem_lightning.loop.stage import load_policy
+from restem_lightning.loop.stage import eos_ids, load_policy
+from restem_lightning.prompts import ChatPrompt, FewShotPrompt
 from restem_lightning.sampler import EngineParams, Sample
 from restem_lightning.settings import EMBEDDED_POLICY
 
@@ -36,3 +37,13 @@ def test_spaces_before_punctuation_stay_whatever_the_tokenizer_tidies_up(policy)
     tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
     tidying = replace(policy, tokenizer=tokenizer)
     assert tidying.decode(tokenizer.encode("a . b , c")) == "a . b , c"
+
+
+def test_the_eos_to_write_is_the_one_of_the_chat_template(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_POLICY)
+    document, (other, turn) = 0, tokenizer.encode("?!", add_special_tokens=False)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}!{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    GenerationConfig(eos_token_id=[document, other, turn]).save_pretrained(tmp_path)
+    assert eos_ids(str(tmp_path), ChatPrompt()) == (turn, document, other)
+    assert eos_ids(str(tmp_path), FewShotPrompt()) == (document, other, turn)
