@@ -16,6 +16,7 @@ _REPLACEMENTS = tuple(
         ("\\!", r"(?<=\d),\\!\s*(?=\d{3})", ","),
         *((rf"\{name}", rf"\\{name}(?![A-Za-z])", "") for name in _LAYOUT),
         ("\\!", r"(?<!\\)\\!", ""),
+        ("$", r"(?<=\d)\$+(?=\d)", " "),
         ("$", r"\$", ""),
         ("\\math", r"\\math(?:rm|bf|it)\s*\{", r"\\text{"),
         ("\\text", r"\\text(?:bf|rm|it|normal)\s*\{", r"\\text{"),
@@ -43,6 +44,9 @@ _REPLACEMENTS = tuple(
         ("\u00d7", "\u00d7", r"\\times "),
         ("\u03c0", "\u03c0", r"\\pi "),
         ("\u221e", "\u221e", r"\\infty "),
+        ("\\varn", r"\\varnothing(?![A-Za-z])", r"\\emptyset "),
+        ("\u2205", "\u2205", r"\\emptyset "),
+        ("\\{", r"\\\{\s*\\\}", r"\\emptyset "),
         ("", r"\s+", " "),
         # No space is left but between letters, digits or points, and after a comma before a digit.
         (" ", r"(?<![A-Za-z0-9.,]) | (?![A-Za-z0-9.])|(?<=,) (?!\d)", ""),
@@ -122,6 +126,11 @@ _NO_NOUNS = frozenset(
         *("base", "negative", "infinity", "so", "maybe", "else", "ten", "one", "two", "three"),
         *("pi", "theta", "alpha", "beta", "gamma", "delta", "lambda", "phi", "omega", "sin"),
         *("cos", "tan", "cot", "sec", "csc", "log", "exp", "sqrt", "of"),
+        *("is", "are", "was", "were", "if", "when", "where", "while", "unless", "except", "but"),
+        *("most", "least", "maximum", "minimum", "max", "than", "greater", "larger", "smaller"),
+        *("higher", "lower", "about", "around", "approximately", "approx", "roughly", "nearly"),
+        *("almost", "ish", "no", "nor", "never", "neither", "either", "cannot", "wrong"),
+        *("incorrect", "false", "guess", "perhaps", "possibly", "probably", "may", "might"),
     )
 )
 _MATRIX = re.compile(
@@ -211,11 +220,12 @@ def split_unit(text: str) -> tuple[str, str]:
         if value != text and exact_number(value) is not None:
             return value, unit
     if match := _UNIT.fullmatch(text):
-        words = (match["text"] or match["word"] or match["noun"]).lower().replace(".", "").split()
+        name = match["text"] or match["word"] or match["noun"]
+        words = name.lower().replace(".", "").split()
         power = match["power"] or ""
         if len(words) > 1 and words[0] in _POWERS:
             power = _POWERS[words.pop(0)]
-        unit = _UNITS.get(" ".join(words))
+        unit = None if name == "M" else _UNITS.get(" ".join(words))  # 5 M is 5 million
         if unit is None and not match["word"] and words and _is_noun(words):
             unit = " ".join(words).rstrip("s")
         if unit is not None:

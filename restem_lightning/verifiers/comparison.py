@@ -32,6 +32,8 @@ _SIGN = re.compile(r"(\\(?:le|ge|ne|lt|gt)(?![A-Za-z])|[=<>])")
 _SIGNS = {r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\lt": "<", r"\gt": ">"}
 _FLIPPED = {">": "<", ">=": "<="}
 _OR = re.compile(r"\\text\{ ?or ?\}|(?<![A-Za-z])or(?![A-Za-z])")
+_LETTERS = re.compile(r"[A-Z](?:, ?[A-Z])+")
+_EMPTY = r"\emptyset"
 _INFINITY = r"\infty"
 _APPROXIMATELY = re.compile(r"\\approx(?![A-Za-z])")
 _UNORDERED = frozenset(("", "{}"))
@@ -205,7 +207,18 @@ def _compare_lists(reference: str, answer: str) -> Decision:
         return None
     if brackets != other_brackets and not {brackets, other_brackets} <= _UNORDERED:
         return False, "different brackets"
-    return _compare_items(items, others, is_ordered=brackets not in _UNORDERED)
+    if _EMPTY in (reference, answer):
+        return False, "the empty set"
+    if _LETTERS.fullmatch(reference) and _OR.search(answer):
+        return False, "one of the elements"
+    names, other_names = _names_of(items), _names_of(others)
+    is_lost = max(len(names), len(other_names)) > 1 and names != other_names
+    return _compare_items(items, others, is_ordered=brackets not in _UNORDERED or is_lost)
+
+
+def _names_of(items: list[str]) -> set[str]:
+    """Returns the names in AB=9, CD=4, which only their order tells apart in 9, 4; x_1 is x."""
+    return {name[1].partition("_")[0] for item in items if (name := _NAMED.match(item))}
 
 
 def _compare_alternatives(reference: str, answer: str) -> Decision:

@@ -157,7 +157,8 @@ class _Parser:
         while self._starts_factor():
             kind, value = self.peek()
             before = self._tokens[self._position - 1][0]
-            if kind == "number":
+            inner = self._tokens[self._position + 1][0] if kind == "{" else kind
+            if inner == "number":
                 raise UnreadableError("a number follows without an operator")
             if before == "number" and self._position == start + 1 and value in _FRACTIONS:
                 tree = self._after_number(tree)

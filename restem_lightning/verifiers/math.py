@@ -16,6 +16,7 @@ from restem_lightning.verifiers.restated import is_restated
 
 MAX_TEXT = 20_000
 MAX_QUICK = 200
+MAX_BEFORE = 40
 STOP_MARKS = (
     *("\nQ:", "\nQuestion:", "\nProblem:", "\n### Instruction", "\n### Question", "\n### Problem"),
     *("\nHuman:", "\nUser:", "<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "[INST]"),
@@ -45,9 +46,17 @@ _RENDERED = {
     "answer_tag": "<answer>{}</answer>",
     "auto": r"\boxed{{{}}}",
 }
-# A box in -\boxed{5} or \boxed{5}^2 holds a part of the answer; \boxed{5}^\circ all but its unit.
-_BEFORE_A_PART = re.compile(r"(?<!-)-\Z")
-_AFTER_A_PART = re.compile(r"\}(?:\^(?!\{?\\circ)|[-+/](?!-)|\\(?:cdot|times|div)(?![A-Za-z]))")
+# A box in -\boxed{5} or \boxed{5}^2 holds a part of the answer; \boxed{5}^\circ all but its unit,
+# and 7+\boxed{5}=12 all of it.
+_BEFORE_A_PART = re.compile(
+    r"(?:(?<!-)-|\d|[\d}] ?[-/] ?|\S ?\+ ?|\\(?:cdot|times|div|pm|neq?) ?|(?<!\w)not \$?"
+    r"|(?:\\sqrt(?:\[\d\])?|\\[dt]?frac(?:\{[^{}]*\})?|\^|_)\{)\Z"
+)
+_AFTER_A_PART = re.compile(
+    r"\}(?:\^(?!\{?\\circ)|[-+/](?!-)|\\(?:cdot|times|div|pm|sqrt|[dt]?frac(?!\{\\text))(?![A-Za-z])"
+    r"|\.?\d| ?[-+*/] ?\d|!\$)"
+)
+_AFTER_A_BLANK = re.compile(r"\}\s*=")
 _PLAIN_NUMBER = re.compile(r"-?(?:\d{1,40}|\d{1,3}(?:,\d{3}){1,9})(?:\.\d{1,20})?", re.ASCII)
 _JOINED = {"and": ", ", "or": r" \text{ or } "}
 ANSWER_FORMATS = tuple(_RENDERED)
@@ -58,7 +67,7 @@ class MathVerifier:
     """Judges a final answer against the problem's reference answer."""
 
     name = "math"
-    version = "5"
+    version = "6"
 
     def __init__(
         self,
@@ -228,7 +237,8 @@ def _last_answer(text: str, answer_format: str) -> tuple[int, str] | None:
         boxes, word = linked_boxes(text)
         answer = boxes[-1] if boxes else ""
         after = text[text.find(answer, start + len(r"\boxed")) + len(answer) :]
-        is_part = _BEFORE_A_PART.search(text[:start][-2:]) or _AFTER_A_PART.match(after)
+        before = _BEFORE_A_PART.search(text[max(0, start - MAX_BEFORE) : start])
+        is_part = (before and not _AFTER_A_BLANK.match(after)) or _AFTER_A_PART.match(after)
         return start, "" if is_part else _JOINED[word].join(boxes)
     if answer_format == "answer_tag":
         end = text.rfind("</answer>")

@@ -105,7 +105,8 @@ def _values(left: Tree, right: Tree, digits: int) -> Iterator[tuple[Value | None
             sign = (1, -1)[index % 2] if index < 4 else draw.choice((1, -1))
             # Half of the points are small, half of them reach far enough for \sqrt{x-9}.
             size = draw.randrange(1, 3_000 if index // 2 % 2 else 40_000)
-            point[name] = sign * Fraction(size, 1_009)
+            # Two denominators, so that no \sin(n\pi x) that can be computed is zero everywhere.
+            point[name] = sign * Fraction(size, (1_009, 1_013)[index % 2])
         yield tuple(_value_at(tree, point, arithmetic) for tree in (left, right))
 
 

@@ -9,6 +9,12 @@ from restem_lightning.verifiers import MathVerifier
 MATRIX = r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"
 NEXT = "\n\nQuestion: Ann has 2 pens. How many?\nAnswer: She has 2.\n"
 
+PARTS = [
+    *[("2", ""), ("3+", ""), ("3 + ", ""), ("3 - ", ""), ("2\\cdot ", ""), (r"x\ne ", "")],
+    *[(r"\sqrt{", "}"), (r"\frac{", "}{3}"), (r"\frac{3}{", "}"), ("2^{", "}"), ("", "!")],
+    *[("", "0"), ("", ".5"), ("", " + 1"), ("", r"\frac12"), ("", r"\sqrt2"), ("", r"\pm 1")],
+]
+
 # format, completion, reference
 CORRECT = [
     ("gsm8k", "Ann has 3+4=<<3+4=7>>7 pens.\n#### 7", "7"),
@@ -38,6 +44,11 @@ CORRECT = [
     ("boxed", r"**\boxed{5}**", "5"),
     ("boxed", r"$x=\boxed{60}^\circ$", "60"),
     ("boxed", r"\boxed{5}---which is right", "5"),
+    ("boxed", r"so $7+\boxed{5}=12$", "5"),
+    ("boxed", r"**Step 2** - \boxed{5}!", "5"),
+    ("boxed", r"the term is $\boxed{19}x^3$", "19"),
+    ("boxed", r"$\boxed{25}\frac{\text{miles}}{\text{day}}$", "25"),
+    ("boxed", r"$s\ge\boxed{4}$", "4"),
     ("answer_is", "So the answer is 5.", "5"),
     ("answer_is", "The answer is: $5.25$.", "5.25"),
     ("answer_is", "The answer is 1,234.", "1234"),
@@ -93,6 +104,8 @@ NOT_CORRECT = [
     ("boxed", r"\boxed{5}\%", "0.5"),
     ("boxed", r"\boxed{5}\cdot 2", "5"),
     ("boxed", r"\boxed{5}/2", "5"),
+    *[("boxed", f"so ${before}\\boxed{{5}}{after}$", "5") for before, after in PARTS],
+    ("boxed", r"The answer is not \boxed{5}.", "5"),
     ("answer_is", "The answer is not 5.", "5"),
     ("answer_is", "The answer is 5 or 6.", "5"),
     ("answer_is", "The answer is 5. No, the answer is 6.", "5"),
