@@ -20,7 +20,7 @@ MAX_BITS = 20_000
 # 10^-1300 of its terms is zero: nothing smaller can have been written.
 MAX_MAGNITUDE_BITS = 2_990
 MAX_ARGUMENT = 1_000_000
-MAX_FACTORIAL = 1_000
+MAX_FACTORIAL = 2_100
 MAX_FALLING = 10  # the most factors of a binomial of any number, x(x-1)/2 being two
 
 Value = Any  # a Fraction, or a real or complex number of an mpmath context
@@ -296,5 +296,5 @@ def _bounded(value: Fraction) -> Fraction:
 
 def _small_count(value: Value) -> int:
     if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= MAX_FACTORIAL:
-        raise UnreadableError("a count that is not one of 0 to 1,000")
+        raise UnreadableError("a count that is not one of 0 to 2,100")
     return int(value)
