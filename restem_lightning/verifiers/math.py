@@ -52,6 +52,7 @@ _BEFORE_A_PART = re.compile(
     r"(?:(?<!-)-|\d|[\d}] ?[-/] ?|\S ?\+ ?|\\(?:cdot|times|div|pm|neq?) ?|(?<!\w)not \$?"
     r"|(?:\\sqrt(?:\[\d\])?|\\[dt]?frac(?:\{[^{}]*\})?|\^|_)\{)\Z"
 )
+_ENDS_OF_A_PART = (*"0123456789+-/{", "cdot", "times", "div", "pm", "ne", "neq", "not")
 _AFTER_A_PART = re.compile(
     r"\}(?:\^(?!\{?\\circ)|[-+/](?!-)|\\(?:cdot|times|div|pm|sqrt|[dt]?frac(?!\{\\text))(?![A-Za-z])"
     r"|\.?\d| ?[-+*/] ?\d|!\$)"
@@ -237,8 +238,12 @@ def _last_answer(text: str, answer_format: str) -> tuple[int, str] | None:
         boxes, word = linked_boxes(text)
         answer = boxes[-1] if boxes else ""
         after = text[text.find(answer, start + len(r"\boxed")) + len(answer) :]
-        before = _BEFORE_A_PART.search(text[max(0, start - MAX_BEFORE) : start])
-        is_part = (before and not _AFTER_A_BLANK.match(after)) or _AFTER_A_PART.match(after)
+        before = text[max(0, start - MAX_BEFORE) : start]
+        is_part = _AFTER_A_PART.match(after) or (
+            before.rstrip(" $").endswith(_ENDS_OF_A_PART)  # looked for first: it is fast
+            and _BEFORE_A_PART.search(before)
+            and not _AFTER_A_BLANK.match(after)
+        )
         return start, "" if is_part else _JOINED[word].join(boxes)
     if answer_format == "answer_tag":
         end = text.rfind("</answer>")
