@@ -24,10 +24,11 @@ STOP_MARKS = (
 # The next of numbered problems: a completion's own may well be called problem 1.
 _NEXT_NUMBERED = re.compile(r"\n(?:Problem|Question|Exercise|Q) ?(?:[2-9]|\d{2,4})[:.)]")
 
-# To the end of the sentence or line; a newline or full stop inside $...$ ends neither.
+# To the end of the sentence or line; a newline or full stop inside $...$ ends neither. Spaces are
+# passed over once, not from each of them on: a long row of them would take minutes.
 _SENTENCE = (
-    r"\s*:?\s*((?:\\.|\$(?:\\.|[^$\\])*\$|[^\n])+?)"
-    r"(?:\.?\s*I hope it is correct|\.(?=\s|\Z)|\n|\Z)"
+    r"\s*(?::\s*)?((?:\\.|\$(?:\\.|[^$\\])*\$|[^\n])+?)"
+    r"(?:\.?(?:(?<!\s)\s+)?I hope it is correct|\.(?=\s|\Z)|\n|\Z)"
 )
 # What the text must hold in lower case (looked for first: it is fast), and the pattern.
 _PATTERNS = {

@@ -1,5 +1,7 @@
 """Whole completions labelled by hand: the last answer counts, and nothing after a next problem."""
 
+import time
+
 import pytest
 
 from restem_lightning.completions import VerdictKind
@@ -148,6 +150,16 @@ def test_completions_with_the_right_last_answer_are_correct(answer_format, compl
 @pytest.mark.parametrize(("answer_format", "completion", "reference"), NOT_CORRECT)
 def test_completions_with_another_last_answer_are_not_correct(answer_format, completion, reference):
     assert kind_of(answer_format, completion, reference) is not VerdictKind.CORRECT
+
+
+SPACES = ["is" + "\n" * 18_000, "is a" + " " * 18_000 + "b", "is:" + "\t" * 18_000 + "5."]
+
+
+@pytest.mark.parametrize("end", SPACES, ids=("newlines", "spaces", "tabs"))
+def test_a_long_row_of_spaces_is_passed_over_once(end):
+    start = time.process_time()
+    MathVerifier().cache_key(Problem(problem_id="p", question="q"), "The final answer " + end)
+    assert time.process_time() - start < 2
 
 
 # question, reference, answer
