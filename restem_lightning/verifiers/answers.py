@@ -182,7 +182,7 @@ def bare(answer: str) -> str:
     answer = answer.strip()
     if _AS_IT_IS.fullmatch(answer):
         return answer
-    if answer.startswith("**") or answer.startswith("`"):
+    if answer.startswith(("**", "`")) or answer.endswith("**"):
         answer = answer.strip("*` ")
     for pattern, replacement in () if answer.isascii() else _UNICODE:
         answer = pattern.sub(replacement, answer)

@@ -38,12 +38,20 @@ _PATTERNS = {
         re.compile("final answer is" + _SENTENCE, re.IGNORECASE),
     ),
     "answer_is": ("answer is", re.compile("answer is" + _SENTENCE, re.IGNORECASE)),
+    "answer_line": (
+        "answer",
+        re.compile(
+            r"^[ \t>*#]{0,8}(?:final |correct )?answer[*_]{0,2}:[*_]{0,2}" + _SENTENCE,
+            re.IGNORECASE | re.MULTILINE,
+        ),
+    ),
 }
 _RENDERED = {
     "gsm8k": "#### {}",
     "boxed": r"\boxed{{{}}}",
     "final_answer": "Final Answer: The final answer is ${}$. I hope it is correct.",
     "answer_is": "The answer is {}.",
+    "answer_line": "Answer: {}",
     "answer_tag": "<answer>{}</answer>",
     "auto": r"\boxed{{{}}}",
 }
@@ -63,6 +71,7 @@ _PLAIN_NUMBER = re.compile(r"-?(?:\d{1,40}|\d{1,3}(?:,\d{3}){1,9})(?:\.\d{1,20})
 _JOINED = {"and": ", ", "or": r" \text{ or } "}
 ANSWER_FORMATS = tuple(_RENDERED)
 _MARKED = ("gsm8k", "boxed", "final_answer", "answer_tag")
+_UNMARKED = ("answer_is", "answer_line")
 
 
 class MathVerifier:
@@ -86,8 +95,9 @@ class MathVerifier:
         Args:
             answer_format: where the answer stands; the last one counts. gsm8k: `#### x`; boxed:
                 `\boxed{x}`; final_answer: `The final answer is $x$. I hope it is correct.`;
-                answer_is: `The answer is x.`; answer_tag: `<answer>x</answer>`; auto: any of these,
-                `The answer is x.` only if there is no other.
+                answer_is: `The answer is x.`; answer_line: `Answer: x` or `**Final answer:** x` at
+                the start of a line; answer_tag: `<answer>x</answer>`; auto: any of these,
+                answer_is and answer_line only if there is no other.
             stop_marks: the completion is cut before the first of these, so that a next problem
                 that the policy invents is never judged.
             check_equations: a correct answer has reward 0 if one of the completion's equations
@@ -218,8 +228,7 @@ def extract_answer(
     """
     kept = judged_text(text, stop_marks)
     if answer_format == "auto":
-        marked = [place for name in _MARKED if (place := _last_answer(kept, name)) is not None]
-        found = max(marked, default=None) or _last_answer(kept, "answer_is")
+        found = _latest_answer(kept, _MARKED) or _latest_answer(kept, _UNMARKED)
     else:
         found = _last_answer(kept, answer_format)
     return (found[1].strip() or None) if found else None
@@ -228,6 +237,11 @@ def extract_answer(
 def render_answer(answer: str, answer_format: str) -> str:
     """Returns the shortest completion that gives `answer` in the declared format."""
     return _RENDERED[answer_format].format(answer)
+
+
+def _latest_answer(text: str, names: Sequence[str]) -> tuple[int, str] | None:
+    places = [place for name in names if (place := _last_answer(text, name)) is not None]
+    return max(places, default=None)
 
 
 def _last_answer(text: str, answer_format: str) -> tuple[int, str] | None:
