@@ -293,7 +293,7 @@ def compare_ratios(reference: str, answer: str) -> tuple[bool, str] | None:
     3:5 is 6:10, 3/5 and `3 to 5`, but 4:30 may be a time, so it is not 2:15. Hours after noon are
     not converted; a.m. and p.m. may be left out on one side.
     """
-    if not reference[0].isdigit():
+    if ":" not in reference and "m" not in reference[-3:].lower():  # most are neither
         return None
     times = [_TIME.fullmatch(text) for text in (reference, answer)]
     if all(time and (time[2] or time[3]) for time in times):
