@@ -18,7 +18,7 @@ from restem_lightning.verifiers.answers import (
     split_items,
     split_unit,
 )
-from restem_lightning.verifiers.expressions import GREEK, Tree, UnreadableError, parse
+from restem_lightning.verifiers.expressions import GREEK, Tree, UnreadableError, parse, tree_of
 from restem_lightning.verifiers.values import are_equal, are_proportional, value_of
 
 MAX_COMPARED = 1_000
@@ -260,14 +260,14 @@ def _compare_items(items: list[str], others: list[str], *, is_ordered: bool) -> 
 
 def _compare_relations(reference: str, answer: str) -> Decision:
     """Decides equations, inequalities and x=...; the name may be left out on one side."""
+    is_relation = [bool(_SIGN.search(text)) for text in (reference, answer)]
+    if not any(is_relation):
+        return None
     names = [_NAMED.match(text) for text in (reference, answer)]
     values = [
         bare(text[name.end() :]) if name and not _SIGN.search(text[name.end() :]) else None
         for text, name in zip((reference, answer), names, strict=True)
     ]
-    is_relation = [bool(_SIGN.search(text)) for text in (reference, answer)]
-    if not any(is_relation):
-        return None
     if all(is_relation):
         if None not in values and names[0][1] == names[1][1]:
             return _compare(*values)
@@ -352,7 +352,7 @@ def _compare_approximations(reference: str, answer: str) -> Decision:
         return _compare(bare(parts[1]), answer)
     half = Fraction(1, 2 * 10 ** len(rounded.partition(".")[2]))
     try:
-        is_close = abs(Fraction(str(value_of(_tree(value)))) - Fraction(rounded)) <= half
+        is_close = abs(Fraction(str(value_of(tree_of(value)))) - Fraction(rounded)) <= half
     except (UnreadableError, ValueError):
         return False, "approximations"
     return is_close, "approximations"
@@ -370,14 +370,9 @@ def _compare_units(reference: str, answer: str) -> Decision:
 
 def _compare_expressions(reference: str, answer: str) -> tuple[bool, str]:
     try:
-        return are_equal(_tree(reference), _tree(answer)), "algebra"
+        return are_equal(tree_of(reference), tree_of(answer)), "algebra"
     except UnreadableError as error:
         return False, f"unparsed: {error}"
-
-
-def _tree(text: str) -> Tree:
-    value = exact_number(text)
-    return parse(text) if value is None else ("number", value)
 
 
 _STEPS = (

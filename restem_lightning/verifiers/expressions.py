@@ -12,6 +12,8 @@ import re
 from fractions import Fraction
 from typing import Any
 
+from restem_lightning.verifiers.answers import exact_number
+
 Tree = tuple[Any, ...]
 
 MAX_TOKENS = 400
@@ -54,6 +56,20 @@ def parse(text: str) -> Tree:
     if parser.peek() != ("end", ""):
         raise UnreadableError(f"left over: {parser.peek()[1]!r}")
     return tree
+
+
+def tree_of(text: str) -> Tree:
+    """Returns what `parse` does, and the value of a mixed number, which it refuses.
+
+    Raises:
+        UnreadableError: it is neither.
+    """
+    try:
+        return parse(text)
+    except UnreadableError:
+        if (value := exact_number(text)) is None:
+            raise
+        return ("number", value)
 
 
 def _tokens(text: str) -> list[tuple[str, str]]:
