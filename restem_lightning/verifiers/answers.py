@@ -7,6 +7,31 @@ MAX_POWER_BITS = 4_000
 
 _WRAPPED = re.compile(r"\\(?:boxed|fbox|text|displaystyle)\s*\{(.*)\}", re.DOTALL)
 _LAYOUT = ("left", "right", "displaystyle", "limits")
+_UNICODE = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        ("[\u200b\u2060\ufeff]", ""),
+        ("\u00b0", r"^\\circ"),
+        ("\u2264", r"\\le "),
+        ("\u2265", r"\\ge "),
+        ("\u2260", r"\\ne "),
+        ("\u222a", r"\\cup "),
+        ("\u2212|\\A\u2013", "-"),
+        ("\u00d7", r"\\times "),
+        ("\u00b7", r"\\cdot "),
+        ("\u00f7|\u2044|\u2215", "/"),
+        ("\u03c0", r"\\pi "),
+        ("\u221e", r"\\infty "),
+        ("\u2205", r"\\emptyset "),
+        ("\u00b2", "^2"),
+        ("\u00b3", "^3"),
+        ("\u00bd", r"\\frac{1}{2}"),
+        ("\u00bc", r"\\frac{1}{4}"),
+        ("\u00be", r"\\frac{3}{4}"),
+        (r"\u221a(\d+|[a-z](?![a-z]))", r"\\sqrt{\1}"),
+        (r"\u221a(?=[({])", r"\\sqrt"),
+    )
+)
 # (what a text must hold for the pattern to match at all, the pattern, its replacement)
 _REPLACEMENTS = tuple(
     (needed, re.compile(pattern), replacement)
@@ -16,10 +41,22 @@ _REPLACEMENTS = tuple(
         ("\\!", r"(?<=\d),\\!\s*(?=\d{3})", ","),
         *((rf"\{name}", rf"\\{name}(?![A-Za-z])", "") for name in _LAYOUT),
         ("\\!", r"(?<!\\)\\!", ""),
+        ("$", r"(?<=\d)\$+(?=\d)", " "),
         ("$", r"\$", ""),
+        ("\\mathbb", r"\\mathbb\s*(?:R(?![A-Za-z])|\{R\})", r"(-\\infty,\\infty)"),
+        ("\\math", r"\\math(?:rm|it)\s*\{([ei])\}", r"\1"),
         ("\\math", r"\\math(?:rm|bf|it)\s*\{", r"\\text{"),
+        ("\\b", r"\\(?:boldsymbol|bm)\s*\{", r"\\text{"),
         ("\\text", r"\\text(?:bf|rm|it|normal)\s*\{", r"\\text{"),
         ("\\mbox", r"\\mbox\s*\{", r"\\text{"),
+        ("\\text", r"\\text\{([0-9A-Z]+)\}(?=_)", r"\1"),
+        ("ig", r"\\(?:big|Big|bigg|Bigg)[lrm]?(?![A-Za-z])", ""),
+        ("brac", r"\\([lr]brace)(?![A-Za-z])", lambda m: {"l": r"\{", "r": r"\}"}[m[1][0]]),
+        ("brac", r"\\([lr]brack)(?![A-Za-z])", lambda m: {"l": "[", "r": "]"}[m[1][0]]),
+        ("vert", r"\\vert(?![A-Za-z])", "|"),
+        ("binom", r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
+        ("\\choose", r"\{([^{}]+)\\choose(?![A-Za-z])([^{}]+)\}", r"\\binom{\1}{\2}"),
+        ("\\over", r"\{([^{}]+)\\over(?![A-Za-z])([^{}]+)\}", r"\\frac{\1}{\2}"),
         ("frac", r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         ("frac", r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
         (",", r"(?<=\d)(?:\{,\}|\\,)(?=\d{3})", ","),
@@ -29,23 +66,17 @@ _REPLACEMENTS = tuple(
         ("%", r"\\%", "%"),
         ("\\circ", r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ", r"^\\circ"),
         ("\\degree", r"\\degree", r"^\\circ"),
-        ("\u00b0", "\u00b0", r"^\\circ"),
         ("\\leq", r"\\leq(?:slant)?(?![A-Za-z])", r"\\le "),
         ("<=", "<=", r"\\le "),
-        ("\u2264", "\u2264", r"\\le "),
         ("\\geq", r"\\geq(?:slant)?(?![A-Za-z])", r"\\ge "),
         (">=", ">=", r"\\ge "),
-        ("\u2265", "\u2265", r"\\ge "),
         ("\\neq", r"\\neq(?![A-Za-z])", r"\\ne "),
-        ("\u2260", "\u2260", r"\\ne "),
-        ("\u222a", "\u222a", r"\\cup "),
-        ("\u2212", "\u2212", "-"),
-        ("\u00d7", "\u00d7", r"\\times "),
-        ("\u03c0", "\u03c0", r"\\pi "),
-        ("\u221e", "\u221e", r"\\infty "),
+        ("\\varn", r"\\varnothing(?![A-Za-z])", r"\\emptyset "),
+        ("\\{", r"\\\{\s*\\\}", r"\\emptyset "),
         ("", r"\s+", " "),
         # No space is left but between letters, digits or points, and after a comma before a digit.
         (" ", r"(?<![A-Za-z0-9.,]) | (?![A-Za-z0-9.])|(?<=,) (?!\d)", ""),
+        (" ", r"(\\[A-Za-z]+) (?=\d)", r"\1"),
         ("+", r"(?:(?<=,)|\A)\+(?=\\infty)", ""),
     )
 )
@@ -64,14 +95,14 @@ _POWER = re.compile(r"(\d{1,50})\^\{?(-?\d{1,4})\}?")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\{(\d{1,50})\}")
 _UNIT = re.compile(
     r"(?P<value>.*?[\w}).])"
-    r"(?: ?\\text\{ ?(?P<text>[A-Za-z][A-Za-z ./-]*)\}"
+    r"(?: ?\\text\{ ?(?P<text>[A-Za-z][A-Za-z ./-]*)(?:\^\{?(?P<inner>[23])\}?)?\}"
     r"|(?<=[\d}.])(?P<word>[A-Za-z]{2}[A-Za-z ]*)| (?P<noun>[A-Za-z]{2}[A-Za-z ]*))"
     r"(?:\^\{?(?P<power>[23])\}?)?"
 )
 _UNITS = {
     **dict.fromkeys(("dollar", "dollars", "usd", "bucks"), "dollar"),
     **dict.fromkeys(("cent", "cents"), "cent"),
-    **dict.fromkeys(("degree", "degrees"), "degree"),
+    **dict.fromkeys(("degree", "degrees", "deg"), "degree"),
     **dict.fromkeys(("percent", "per cent"), "%"),
     **dict.fromkeys(("unit", "units"), "unit"),
     **dict.fromkeys(("mm", "millimeter", "millimeters"), "mm"),
@@ -96,7 +127,7 @@ _UNITS = {
     **dict.fromkeys(("week", "weeks"), "week"),
     **dict.fromkeys(("month", "months"), "month"),
     **dict.fromkeys(("year", "years"), "year"),
-    **dict.fromkeys(("mph", "miles per hour"), "mph"),
+    **dict.fromkeys(("mph", "miles per hour", "miles/hour"), "mph"),
 }
 _POWERS = {"square": "2", "sq": "2", "cubic": "3"}
 # Words that change the value of the number before them, or that hedge.
@@ -122,13 +153,24 @@ _NO_NOUNS = frozenset(
         *("base", "negative", "infinity", "so", "maybe", "else", "ten", "one", "two", "three"),
         *("pi", "theta", "alpha", "beta", "gamma", "delta", "lambda", "phi", "omega", "sin"),
         *("cos", "tan", "cot", "sec", "csc", "log", "exp", "sqrt", "of"),
+        *("is", "are", "was", "were", "if", "when", "where", "while", "unless", "except", "but"),
+        *("most", "least", "maximum", "minimum", "max", "than", "greater", "larger", "smaller"),
+        *("higher", "lower", "about", "around", "approximately", "approx", "roughly", "nearly"),
+        *("almost", "ish", "no", "nor", "never", "neither", "either", "cannot", "wrong"),
+        *("incorrect", "false", "guess", "perhaps", "possibly", "probably", "may", "might"),
     )
 )
 _MATRIX = re.compile(
-    r"\\begin\{(?:[pb]?matrix\}|array\}\{[clr]*\})((?:(?!\\begin).)*)\\end\{(?:[pb]?matrix|array)\}",
+    r"[(\[]?\\begin\{(?:[pb]?matrix\}|array\}\{[clr]*\})((?:(?!\\begin).)*)"
+    r"\\end\{(?:[pb]?matrix|array)\}[)\]]?",
     re.DOTALL,
 )
-_CONJUNCTION = re.compile(r"\\text\{ ?(?:or|and) ?\}|\b(?:or|and)\b")
+_ROW_END = re.compile(r"\\\\(?:\[\d*\.?\d*(?:pt|em|ex|mm|cm)\])?")
+_CONJUNCTION = re.compile(r"\\text\{,? ?(?:or|and) ?\}|\b(?:or|and)\b")
+_TIME = re.compile(
+    r"(\d{1,2})(?::(\d\d))?(?:(?: ?|\\text\{ ?)([ap])\.?m\.?\}?)?", re.ASCII | re.IGNORECASE
+)
+_TO = re.compile(r" ?\\text\{ ?to ?\} ?| to ")
 _OPENING, _CLOSING = "([{", ")]}"
 
 
@@ -140,8 +182,10 @@ def bare(answer: str) -> str:
     answer = answer.strip()
     if _AS_IT_IS.fullmatch(answer):
         return answer
-    if answer.startswith("**") or answer.startswith("`"):
+    if answer.startswith(("**", "`")) or answer.endswith("**"):
         answer = answer.strip("*` ")
+    for pattern, replacement in () if answer.isascii() else _UNICODE:
+        answer = pattern.sub(replacement, answer)
     for needed, pattern, replacement in _REPLACEMENTS:
         if needed in answer:
             answer = pattern.sub(replacement, answer)
@@ -208,14 +252,15 @@ def split_unit(text: str) -> tuple[str, str]:
         return (value, "dollar") if unit in ("", "dollar") else (text, "")
     for ending, unit in (("%", "%"), (r"^\circ", "degree")):
         value = text.removesuffix(ending).strip()
-        if value != text and exact_number(value) is not None:
-            return value, unit
+        if value != text and exact_number(inner := bare(value)) is not None:
+            return inner, unit
     if match := _UNIT.fullmatch(text):
-        words = (match["text"] or match["word"] or match["noun"]).lower().replace(".", "").split()
-        power = match["power"] or ""
+        name = match["text"] or match["word"] or match["noun"]
+        words = name.lower().replace(".", "").split()
+        power = match["power"] or match["inner"] or ""
         if len(words) > 1 and words[0] in _POWERS:
             power = _POWERS[words.pop(0)]
-        unit = _UNITS.get(" ".join(words))
+        unit = None if name == "M" else _UNITS.get(" ".join(words))  # 5 M is 5 million
         if unit is None and not match["word"] and words and _is_noun(words):
             unit = " ".join(words).rstrip("s")
         if unit is not None:
@@ -242,12 +287,35 @@ def _is_noun(words: list[str]) -> bool:
     )
 
 
+def compare_ratios(reference: str, answer: str) -> tuple[bool, str] | None:
+    """Returns whether a time or a ratio 3:5 equals an answer, None if the reference is neither.
+
+    3:5 is 6:10, 3/5 and `3 to 5`, but 4:30 may be a time, so it is not 2:15. Hours after noon are
+    not converted; a.m. and p.m. may be left out on one side.
+    """
+    if ":" not in reference and "m" not in reference[-3:].lower():  # most are neither
+        return None
+    times = [_TIME.fullmatch(text) for text in (reference, answer)]
+    if all(time and (time[2] or time[3]) for time in times):
+        clocks = [(int(time[1]), int(time[2] or 0)) for time in times]
+        halves = [(time[3] or "").lower() for time in times]
+        return clocks[0] == clocks[1] and is_unit_allowed(*halves), "times"
+    terms = [exact_number(part) for part in reference.split(":")]
+    if len(terms) < 2 or not all(terms):
+        return None
+    others = [exact_number(part) for part in _TO.sub(":", answer).split(":")]
+    if len(others) == 1 and len(terms) == 2:
+        return others[0] == terms[0] / terms[1], "ratios"
+    is_equal = len(terms) == len(others) and all(others)
+    return is_equal and len({a / b for a, b in zip(terms, others, strict=True)}) == 1, "ratios"
+
+
 def matrix_rows(text: str) -> list[list[str]] | None:
     """Returns the cells of a matrix row by row, None if the text is no matrix."""
     match = _MATRIX.fullmatch(text)
     if match is None:
         return None
-    rows = [row for row in match[1].split(r"\\") if row.strip()]
+    rows = [row for row in _ROW_END.split(match[1]) if row.strip()]
     return [[bare(cell) for cell in row.split("&")] for row in rows]
 
 
@@ -262,16 +330,17 @@ def split_items(text: str) -> tuple[str, list[str]]:
     is_set = plain is not text
     if plain[:1] in ("(", "[", "{"[: int(is_set)] or "(") and plain[-1:] in tuple(")]}"):
         inner = plain[1:-1]
-        items = [bare(item) for item in _split(inner)]
+        parts = [value for part in _split(inner) for value in _expand_sign(part, is_set)]
+        items = [bare(part) for part in parts]
         if _is_balanced(inner) and (len(items) > 1 or is_set):
             return plain[0] + plain[-1], items
     parts = _split(_CONJUNCTION.sub("\0", text))
     return "", [bare(value) for part in parts for value in _expand_sign(part)]
 
 
-def _expand_sign(text: str) -> list[str]:
+def _expand_sign(text: str, is_several: bool = True) -> list[str]:
     r"""Writes a\pm b as the two values that it stands for."""
-    if len(re.findall(r"\\pm(?![A-Za-z])", text)) != 1:
+    if not is_several or len(re.findall(r"\\pm(?![A-Za-z])", text)) != 1:
         return [text]
     return [text.replace(r"\pm", "+").strip().removeprefix("+"), text.replace(r"\pm", "-")]
 

@@ -9,6 +9,7 @@ from fractions import Fraction
 
 from restem_lightning.verifiers.answers import (
     bare,
+    compare_ratios,
     exact_number,
     is_unit_allowed,
     matrix_rows,
@@ -17,7 +18,7 @@ from restem_lightning.verifiers.answers import (
     split_items,
     split_unit,
 )
-from restem_lightning.verifiers.expressions import Tree, UnreadableError, parse
+from restem_lightning.verifiers.expressions import GREEK, Tree, UnreadableError, parse, tree_of
 from restem_lightning.verifiers.values import are_equal, are_proportional, value_of
 
 MAX_COMPARED = 1_000
@@ -25,13 +26,18 @@ MAX_DEPTH = 50
 MAX_ITEMS = 16
 
 _BASE = re.compile(r"(-?[0-9A-Za-z.]+)_(?:\{(\d{1,2})\}|(\d))")
-_NAMED = re.compile(r"([A-Za-z]+(?:_\{?\w\}?)?(?:\([a-z]\))?)=")
+_NAMED = re.compile(
+    rf"((?:(?:\\angle ?)?[A-Za-z]+|\\(?:{'|'.join(sorted(GREEK))})|\\(?:vec|text)\{{[A-Za-z ]+\}})"
+    r"(?:_(?:\w|\{\w+\}))?(?:\((?:[A-Za-z]|-?\d+)\))?)="
+)
+_ASSIGNED = re.compile("[A-Za-z]=[^=]+")
 _MEMBER = re.compile(r"([A-Za-z])\\in(?![A-Za-z])(.+)")
 _NAMED_TUPLE = re.compile(r"\(([A-Za-z](?:,[A-Za-z])+)\)=(\(.*\))")
 _SIGN = re.compile(r"(\\(?:le|ge|ne|lt|gt)(?![A-Za-z])|[=<>])")
 _SIGNS = {r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\lt": "<", r"\gt": ">"}
 _FLIPPED = {">": "<", ">=": "<="}
 _OR = re.compile(r"\\text\{ ?or ?\}|(?<![A-Za-z])or(?![A-Za-z])")
+_LETTERS = re.compile(r"[A-Z](?:, ?[A-Z])+")
 _INFINITY = r"\infty"
 _APPROXIMATELY = re.compile(r"\\approx(?![A-Za-z])")
 _UNORDERED = frozenset(("", "{}"))
@@ -90,7 +96,7 @@ def _compare_bases(reference: str, answer: str) -> Decision:
     if all(is_digits):
         return pairs[0] == pairs[1], "bases"
     if is_digits[0] and re.fullmatch("-?[0-9A-Z.]+", answer):
-        return pairs[0][0] == answer, "bases"
+        return pairs[0][0] == answer.lstrip("0"), "bases"
     if is_digits[1] and exact_number(reference) is not None:
         return pairs[1] == (reference, "10"), "bases"
     return None
@@ -106,6 +112,8 @@ def _compare_words(reference: str, answer: str) -> Decision:
 def _compare_matrices(reference: str, answer: str) -> Decision:
     """Decides if either is a matrix: same shape, equal cells."""
     rows, others = matrix_rows(reference), matrix_rows(answer)
+    if (rows is None) != (others is None):
+        rows, others = (matrix_rows(_NAMED.sub("", text)) for text in (reference, answer))
     if rows is None and others is None:
         return None
     if rows is None or others is None or [len(r) for r in rows] != [len(r) for r in others]:
@@ -199,20 +207,36 @@ def _range_of(text: str) -> tuple[str, tuple[str, str], tuple[str, str]] | None:
 
 
 def _compare_lists(reference: str, answer: str) -> Decision:
-    """Decides lists, tuples, intervals and sets; sets and bare lists in any order."""
+    """Decides lists, tuples (x=1, y=2 is one), intervals; sets and bare lists in any order."""
     (brackets, items), (other_brackets, others) = split_items(reference), split_items(answer)
     if len(items) <= 1 and len(others) <= 1 and brackets == other_brackets == "":
         return None
+    is_choice = bool(_OR.search(answer))
+    is_assigned = all(map(_ASSIGNED.fullmatch, others)) and not is_choice
+    if (brackets, other_brackets) == ("()", "") and is_assigned:
+        variables = [item[0] for item in others]
+        if variables == sorted(set(variables)):
+            others, other_brackets = [bare(item[2:]) for item in others], "()"
     if brackets != other_brackets and not {brackets, other_brackets} <= _UNORDERED:
         return False, "different brackets"
-    return _compare_items(items, others, is_ordered=brackets not in _UNORDERED)
+    if r"\emptyset" in (reference, answer) or (is_choice and _LETTERS.fullmatch(reference)):
+        return False, "elements differ"
+    names = _names_of(items), _names_of(others)
+    is_lost = max(map(len, names)) > 1 and names[0] != names[1]
+    return _compare_items(items, others, is_ordered=brackets not in _UNORDERED or is_lost)
+
+
+def _names_of(items: list[str]) -> set[str]:
+    """Returns the names in AB=9, CD=4, which only their order tells apart in 9, 4; x_1 is x."""
+    return {name[1].partition("_")[0] for item in items if (name := _NAMED.match(item))}
 
 
 def _compare_alternatives(reference: str, answer: str) -> Decision:
-    """Takes `a or b` for b, where a and b are the same; else it is a list."""
+    """Takes `a or b` and a=b for b, where a and b are the same; else it is a list or relation."""
     sides = []
     for text in (reference, answer):
-        parts = [bare(part) for part in _OR.split(text)]
+        is_chain = "=" in text and not _APPROXIMATELY.search(text)
+        parts = [bare(part) for part in (text.split("=") if is_chain else _OR.split(text))]
         is_one = 1 < len(parts) <= MAX_ITEMS and all(
             _compare(parts[-1], part)[0] for part in parts[:-1]
         )
@@ -236,14 +260,14 @@ def _compare_items(items: list[str], others: list[str], *, is_ordered: bool) -> 
 
 def _compare_relations(reference: str, answer: str) -> Decision:
     """Decides equations, inequalities and x=...; the name may be left out on one side."""
+    is_relation = [bool(_SIGN.search(text)) for text in (reference, answer)]
+    if not any(is_relation):
+        return None
     names = [_NAMED.match(text) for text in (reference, answer)]
     values = [
         bare(text[name.end() :]) if name and not _SIGN.search(text[name.end() :]) else None
         for text, name in zip((reference, answer), names, strict=True)
     ]
-    is_relation = [bool(_SIGN.search(text)) for text in (reference, answer)]
-    if not any(is_relation):
-        return None
     if all(is_relation):
         if None not in values and names[0][1] == names[1][1]:
             return _compare(*values)
@@ -328,9 +352,7 @@ def _compare_approximations(reference: str, answer: str) -> Decision:
         return _compare(bare(parts[1]), answer)
     half = Fraction(1, 2 * 10 ** len(rounded.partition(".")[2]))
     try:
-        number = exact_number(value)
-        number = value_of(parse(value)) if number is None else number
-        is_close = abs(Fraction(str(number)) - Fraction(rounded)) <= half
+        is_close = abs(Fraction(str(value_of(tree_of(value)))) - Fraction(rounded)) <= half
     except (UnreadableError, ValueError):
         return False, "approximations"
     return is_close, "approximations"
@@ -348,7 +370,7 @@ def _compare_units(reference: str, answer: str) -> Decision:
 
 def _compare_expressions(reference: str, answer: str) -> tuple[bool, str]:
     try:
-        return are_equal(parse(reference), parse(answer)), "algebra"
+        return are_equal(tree_of(reference), tree_of(answer)), "algebra"
     except UnreadableError as error:
         return False, f"unparsed: {error}"
 
@@ -358,6 +380,7 @@ _STEPS = (
     _compare_alternatives,
     _compare_bases,
     _compare_numbers,
+    compare_ratios,
     _compare_matrices,
     _compare_approximations,
     _compare_named_tuples,

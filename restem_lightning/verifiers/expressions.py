@@ -12,6 +12,8 @@ import re
 from fractions import Fraction
 from typing import Any
 
+from restem_lightning.verifiers.answers import exact_number
+
 Tree = tuple[Any, ...]
 
 MAX_TOKENS = 400
@@ -22,7 +24,7 @@ FUNCTIONS = frozenset(
     ("sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh")
 )
 _LOGARITHMS = ("log", "ln", "lg")
-_GREEK = frozenset(
+GREEK = frozenset(
     (
         *("alpha", "beta", "gamma", "delta", "epsilon", "theta", "lambda", "mu", "rho", "sigma"),
         *("tau", "phi", "varphi", "omega", "psi", "xi", "eta", "zeta", "kappa", "nu", "chi", "ell"),
@@ -54,6 +56,20 @@ def parse(text: str) -> Tree:
     if parser.peek() != ("end", ""):
         raise UnreadableError(f"left over: {parser.peek()[1]!r}")
     return tree
+
+
+def tree_of(text: str) -> Tree:
+    """Returns what `parse` does, and the value of a mixed number, which it refuses.
+
+    Raises:
+        UnreadableError: it is neither.
+    """
+    try:
+        return parse(text)
+    except UnreadableError:
+        if (value := exact_number(text)) is None:
+            raise
+        return ("number", value)
 
 
 def _tokens(text: str) -> list[tuple[str, str]]:
@@ -157,7 +173,8 @@ class _Parser:
         while self._starts_factor():
             kind, value = self.peek()
             before = self._tokens[self._position - 1][0]
-            if kind == "number":
+            inner = self._tokens[self._position + 1][0] if kind == "{" else kind
+            if inner == "number" and before != "!":
                 raise UnreadableError("a number follows without an operator")
             if before == "number" and self._position == start + 1 and value in _FRACTIONS:
                 tree = self._after_number(tree)
@@ -175,7 +192,7 @@ class _Parser:
     def _starts_factor(self) -> bool:
         kind, value = self.peek()
         return kind in ("number", "name", "(", "{") or (
-            kind == "command" and value not in _TIMES and value not in ("div", "circ")
+            kind == "command" and value not in (*_TIMES, "div", "circ", "rvert")
         )
 
     def _power(self) -> Tree:
@@ -273,12 +290,14 @@ class _Parser:
             return ("root", index, self._argument())
         if name == "pi":
             return ("constant", "pi")
-        if name in ("lvert", "vert"):
+        if name == "exp":
+            return ("pow", ("constant", "e"), self._function_argument())
+        if name == "lvert":
             tree = self.sum()
-            if self._next() not in (("command", "rvert"), ("command", "vert")):
+            if self._next() != ("command", "rvert"):
                 raise UnreadableError("an absolute value that is not closed")
             return ("abs", tree)
-        if name in _GREEK:
+        if name in GREEK:
             return self._name("\\" + name)
         if name in FUNCTIONS or name in _LOGARITHMS:
             return self._function(name)
@@ -303,8 +322,11 @@ class _Parser:
                 raise UnreadableError(r"ambiguous: \sin(x)^2")
             return tree
         tree = self._power()
-        while self.peek()[0] == "name" or self.peek()[1] in ("pi", *_FRACTIONS, "sqrt", *_GREEK):
+        while self.peek()[0] == "name" or self.peek()[1] in ("pi", *_FRACTIONS, "sqrt", *GREEK):
             tree = ("mul", tree, self._power())
-        if self.peek()[0] in ("(", "{", "/", "number", "*") or self.peek()[1] in _TIMES:
+        after = self.peek()
+        if after[1] in _TIMES and self._tokens[self._position + 1][1] in FUNCTIONS:
+            return tree
+        if after[0] in ("(", "{", "/", "number", "*") or after[1] in _TIMES:
             raise UnreadableError(r"ambiguous: \sin x(y)")
         return tree

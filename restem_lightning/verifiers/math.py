@@ -16,6 +16,7 @@ from restem_lightning.verifiers.restated import is_restated
 
 MAX_TEXT = 20_000
 MAX_QUICK = 200
+MAX_BEFORE = 40
 STOP_MARKS = (
     *("\nQ:", "\nQuestion:", "\nProblem:", "\n### Instruction", "\n### Question", "\n### Problem"),
     *("\nHuman:", "\nUser:", "<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "[INST]"),
@@ -23,10 +24,11 @@ STOP_MARKS = (
 # The next of numbered problems: a completion's own may well be called problem 1.
 _NEXT_NUMBERED = re.compile(r"\n(?:Problem|Question|Exercise|Q) ?(?:[2-9]|\d{2,4})[:.)]")
 
-# To the end of the sentence or line; a newline or full stop inside $...$ ends neither.
+# To the end of the sentence or line; a newline or full stop inside $...$ ends neither. Spaces are
+# passed over once, not from each of them on: a long row of them would take minutes.
 _SENTENCE = (
-    r"\s*:?\s*((?:\\.|\$(?:\\.|[^$\\])*\$|[^\n])+?)"
-    r"(?:\.?\s*I hope it is correct|\.(?=\s|\Z)|\n|\Z)"
+    r"\s*(?::\s*)?((?:\\.|\$(?:\\.|[^$\\])*\$|[^\n])+?)"
+    r"(?:\.?(?:(?<!\s)\s+)?I hope it is correct|\.(?=\s|\Z)|\n|\Z)"
 )
 # What the text must hold in lower case (looked for first: it is fast), and the pattern.
 _PATTERNS = {
@@ -36,29 +38,47 @@ _PATTERNS = {
         re.compile("final answer is" + _SENTENCE, re.IGNORECASE),
     ),
     "answer_is": ("answer is", re.compile("answer is" + _SENTENCE, re.IGNORECASE)),
+    "answer_line": (
+        "answer",
+        re.compile(
+            r"^[ \t>*#]{0,8}(?:final |correct )?answer[*_]{0,2}:[*_]{0,2}" + _SENTENCE,
+            re.IGNORECASE | re.MULTILINE,
+        ),
+    ),
 }
 _RENDERED = {
     "gsm8k": "#### {}",
     "boxed": r"\boxed{{{}}}",
     "final_answer": "Final Answer: The final answer is ${}$. I hope it is correct.",
     "answer_is": "The answer is {}.",
+    "answer_line": "Answer: {}",
     "answer_tag": "<answer>{}</answer>",
     "auto": r"\boxed{{{}}}",
 }
-# A box in -\boxed{5} or \boxed{5}^2 holds a part of the answer; \boxed{5}^\circ all but its unit.
-_BEFORE_A_PART = re.compile(r"(?<!-)-\Z")
-_AFTER_A_PART = re.compile(r"\}(?:\^(?!\{?\\circ)|[-+/](?!-)|\\(?:cdot|times|div)(?![A-Za-z]))")
+# A box in -\boxed{5} or \boxed{5}^2 holds a part of the answer; \boxed{5}^\circ all but its unit,
+# and 7+\boxed{5}=12 all of it.
+_BEFORE_A_PART = re.compile(
+    r"(?:(?<!-)-|\d|[\d}] ?[-/] ?|\S ?\+ ?|\\(?:cdot|times|div|pm|neq?) ?|(?<!\w)not \$?"
+    r"|(?:\\sqrt(?:\[\d\])?|\\[dt]?frac(?:\{[^{}]*\})?|\^|_)\{)\Z"
+)
+_ENDS_OF_A_PART = (*"0123456789+-/{", "cdot", "times", "div", "pm", "ne", "neq", "not")
+_AFTER_A_PART = re.compile(
+    r"\}(?:\^(?!\{?\\circ)|[-+/](?!-)|\\(?:cdot|times|div|pm|sqrt|[dt]?frac(?!\{\\text))(?![A-Za-z])"
+    r"|\.?\d| ?[-+*/] ?\d|!\$)"
+)
+_AFTER_A_BLANK = re.compile(r"\}\s*=")
 _PLAIN_NUMBER = re.compile(r"-?(?:\d{1,40}|\d{1,3}(?:,\d{3}){1,9})(?:\.\d{1,20})?", re.ASCII)
 _JOINED = {"and": ", ", "or": r" \text{ or } "}
 ANSWER_FORMATS = tuple(_RENDERED)
 _MARKED = ("gsm8k", "boxed", "final_answer", "answer_tag")
+_UNMARKED = ("answer_is", "answer_line")
 
 
 class MathVerifier:
     """Judges a final answer against the problem's reference answer."""
 
     name = "math"
-    version = "5"
+    version = "6"
 
     def __init__(
         self,
@@ -75,8 +95,9 @@ class MathVerifier:
         Args:
             answer_format: where the answer stands; the last one counts. gsm8k: `#### x`; boxed:
                 `\boxed{x}`; final_answer: `The final answer is $x$. I hope it is correct.`;
-                answer_is: `The answer is x.`; answer_tag: `<answer>x</answer>`; auto: any of these,
-                `The answer is x.` only if there is no other.
+                answer_is: `The answer is x.`; answer_line: `Answer: x` or `**Final answer:** x` at
+                the start of a line; answer_tag: `<answer>x</answer>`; auto: any of these,
+                answer_is and answer_line only if there is no other.
             stop_marks: the completion is cut before the first of these, so that a next problem
                 that the policy invents is never judged.
             check_equations: a correct answer has reward 0 if one of the completion's equations
@@ -207,8 +228,7 @@ def extract_answer(
     """
     kept = judged_text(text, stop_marks)
     if answer_format == "auto":
-        marked = [place for name in _MARKED if (place := _last_answer(kept, name)) is not None]
-        found = max(marked, default=None) or _last_answer(kept, "answer_is")
+        found = _latest_answer(kept, _MARKED) or _latest_answer(kept, _UNMARKED)
     else:
         found = _last_answer(kept, answer_format)
     return (found[1].strip() or None) if found else None
@@ -217,6 +237,11 @@ def extract_answer(
 def render_answer(answer: str, answer_format: str) -> str:
     """Returns the shortest completion that gives `answer` in the declared format."""
     return _RENDERED[answer_format].format(answer)
+
+
+def _latest_answer(text: str, names: Sequence[str]) -> tuple[int, str] | None:
+    places = [place for name in names if (place := _last_answer(text, name)) is not None]
+    return max(places, default=None)
 
 
 def _last_answer(text: str, answer_format: str) -> tuple[int, str] | None:
@@ -228,7 +253,12 @@ def _last_answer(text: str, answer_format: str) -> tuple[int, str] | None:
         boxes, word = linked_boxes(text)
         answer = boxes[-1] if boxes else ""
         after = text[text.find(answer, start + len(r"\boxed")) + len(answer) :]
-        is_part = _BEFORE_A_PART.search(text[:start][-2:]) or _AFTER_A_PART.match(after)
+        before = text[max(0, start - MAX_BEFORE) : start]
+        is_part = _AFTER_A_PART.match(after) or (
+            before.rstrip(" $").endswith(_ENDS_OF_A_PART)  # looked for first: it is fast
+            and _BEFORE_A_PART.search(before)
+            and not _AFTER_A_BLANK.match(after)
+        )
         return start, "" if is_part else _JOINED[word].join(boxes)
     if answer_format == "answer_tag":
         end = text.rfind("</answer>")

@@ -35,8 +35,9 @@ class ProceduralVerifier:
         Args:
             answer_format: where the answer stands; the last one counts. answer_tag:
                 `<answer>x</answer>`; gsm8k: `#### x`; boxed: `\boxed{x}`; final_answer: `The final
-                answer is $x$. I hope it is correct.`; answer_is: `The answer is x.`; auto: any of
-                these, `The answer is x.` only if there is no other.
+                answer is $x$. I hope it is correct.`; answer_is: `The answer is x.`; answer_line:
+                `Answer: x` at the start of a line; auto: any of these, answer_is and answer_line
+                only if there is no other.
             stop_marks: the completion is cut before the first of these.
             partial_credit: whether the reward is the task's own score, from 0 to 1, instead of 1
                 for a full score only; CORRECT is a full score either way.

@@ -20,7 +20,7 @@ MAX_BITS = 20_000
 # 10^-1300 of its terms is zero: nothing smaller can have been written.
 MAX_MAGNITUDE_BITS = 2_990
 MAX_ARGUMENT = 1_000_000
-MAX_FACTORIAL = 1_000
+MAX_FACTORIAL = 2_100
 MAX_FALLING = 10  # the most factors of a binomial of any number, x(x-1)/2 being two
 
 Value = Any  # a Fraction, or a real or complex number of an mpmath context
@@ -105,7 +105,8 @@ def _values(left: Tree, right: Tree, digits: int) -> Iterator[tuple[Value | None
             sign = (1, -1)[index % 2] if index < 4 else draw.choice((1, -1))
             # Half of the points are small, half of them reach far enough for \sqrt{x-9}.
             size = draw.randrange(1, 3_000 if index // 2 % 2 else 40_000)
-            point[name] = sign * Fraction(size, 1_009)
+            # Two denominators, so that no \sin(n\pi x) that can be computed is zero everywhere.
+            point[name] = sign * Fraction(size, (1_009, 1_013)[index % 2])
         yield tuple(_value_at(tree, point, arithmetic) for tree in (left, right))
 
 
@@ -295,5 +296,5 @@ def _bounded(value: Fraction) -> Fraction:
 
 def _small_count(value: Value) -> int:
     if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= MAX_FACTORIAL:
-        raise UnreadableError("a count that is not one of 0 to 1,000")
+        raise UnreadableError("a count that is not one of 0 to 2,100")
     return int(value)

@@ -1,5 +1,7 @@
 """Whole completions labelled by hand: the last answer counts, and nothing after a next problem."""
 
+import time
+
 import pytest
 
 from restem_lightning.completions import VerdictKind
@@ -8,6 +10,12 @@ from restem_lightning.verifiers import MathVerifier
 
 MATRIX = r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"
 NEXT = "\n\nQuestion: Ann has 2 pens. How many?\nAnswer: She has 2.\n"
+
+PARTS = [
+    *[("2", ""), ("3+", ""), ("3 + ", ""), ("3 - ", ""), ("2\\cdot ", ""), (r"x\ne ", "")],
+    *[(r"\sqrt{", "}"), (r"\frac{", "}{3}"), (r"\frac{3}{", "}"), ("2^{", "}"), ("", "!")],
+    *[("", "0"), ("", ".5"), ("", " + 1"), ("", r"\frac12"), ("", r"\sqrt2"), ("", r"\pm 1")],
+]
 
 # format, completion, reference
 CORRECT = [
@@ -38,6 +46,11 @@ CORRECT = [
     ("boxed", r"**\boxed{5}**", "5"),
     ("boxed", r"$x=\boxed{60}^\circ$", "60"),
     ("boxed", r"\boxed{5}---which is right", "5"),
+    ("boxed", r"so $7+\boxed{5}=12$", "5"),
+    ("boxed", r"**Step 2** - \boxed{5}!", "5"),
+    ("boxed", r"the term is $\boxed{19}x^3$", "19"),
+    ("boxed", r"$\boxed{25}\frac{\text{miles}}{\text{day}}$", "25"),
+    ("boxed", r"$s\ge\boxed{4}$", "4"),
     ("answer_is", "So the answer is 5.", "5"),
     ("answer_is", "The answer is: $5.25$.", "5.25"),
     ("answer_is", "The answer is 1,234.", "1234"),
@@ -50,11 +63,18 @@ CORRECT = [
     ("answer_is", "The answer is **5**.", "5"),
     ("answer_is", "The answer is 5. No: 2+4 is 6. The answer is 6.", "6"),
     ("answer_is", "the answer is $x=5$", "5"),
+    ("answer_line", "2+3=5\nAnswer: 5", "5"),
+    ("answer_line", "**Answer: $5$**", "5"),
+    ("answer_line", "### **Final Answer:** 5 apples.\nDone.", "5"),
+    ("answer_line", "Answer:\n$$\\frac{1}{2}$$", "0.5"),
     ("final_answer", "Final Answer: The final answer is $2\\pi$. I hope it is correct.", r"2\pi"),
     ("final_answer", "The final answer is $(1,2)$. I hope it is correct.\n\nProblem:\nx", "(1,2)"),
     ("final_answer", "The final answer is 0.5. I hope it is correct.", r"\frac12"),
     ("answer_tag", "<think>1</think><answer> 42 </answer>", "42"),
     ("auto", "The final answer is 5", "5"),
+    ("auto", "In one step the answer is 4.\n**Answer:** 5", "5"),
+    ("auto", "Answer: 4 at first.\nSo the answer is 5.", "5"),
+    ("auto", "Answer: $\\boxed{5}$", "5"),
     ("auto", "2+3 is 5, so the answer is 5.", "5"),
     ("auto", r"Therefore, the answer is \boxed{5}.", "5"),
     ("auto", "#### 4 at first.\n" + r"In the end \boxed{5}", "5"),
@@ -93,6 +113,8 @@ NOT_CORRECT = [
     ("boxed", r"\boxed{5}\%", "0.5"),
     ("boxed", r"\boxed{5}\cdot 2", "5"),
     ("boxed", r"\boxed{5}/2", "5"),
+    *[("boxed", f"so ${before}\\boxed{{5}}{after}$", "5") for before, after in PARTS],
+    ("boxed", r"The answer is not \boxed{5}.", "5"),
     ("answer_is", "The answer is not 5.", "5"),
     ("answer_is", "The answer is 5 or 6.", "5"),
     ("answer_is", "The answer is 5. No, the answer is 6.", "5"),
@@ -112,6 +134,11 @@ NOT_CORRECT = [
     ("final_answer", "The final answer is $5$ or $6$. I hope it is correct.", "5"),
     ("final_answer", "The final answer is $5$. I hope it is correct.\nSo 6.", "6"),
     ("final_answer", "The answer is $5$.", "5"),
+    ("answer_line", "Answer: 5\nAnswer: 6", "5"),
+    ("answer_line", "Answer: 5 or 6", "5"),
+    ("answer_line", "It is no answer: 5", "5"),
+    ("answer_line", "Answer: 6\n\nQuestion: 2+3\nAnswer: 5", "5"),
+    ("auto", "Answer: 5\n#### 6", "5"),
     ("answer_tag", "<answer>5</answer><answer>6</answer>", "5"),
     ("answer_tag", "<answer>5 or 6</answer>", "5"),
     ("answer_tag", "<answer>5", "5"),
@@ -135,6 +162,16 @@ def test_completions_with_the_right_last_answer_are_correct(answer_format, compl
 @pytest.mark.parametrize(("answer_format", "completion", "reference"), NOT_CORRECT)
 def test_completions_with_another_last_answer_are_not_correct(answer_format, completion, reference):
     assert kind_of(answer_format, completion, reference) is not VerdictKind.CORRECT
+
+
+SPACES = ["is" + "\n" * 18_000, "is a" + " " * 18_000 + "b", "is:" + "\t" * 18_000 + "5."]
+
+
+@pytest.mark.parametrize("end", SPACES, ids=("newlines", "spaces", "tabs"))
+def test_a_long_row_of_spaces_is_passed_over_once(end):
+    start = time.process_time()
+    MathVerifier().cache_key(Problem(problem_id="p", question="q"), "The final answer " + end)
+    assert time.process_time() - start < 2
 
 
 # question, reference, answer
