@@ -197,8 +197,8 @@ def try_m_step(
         hand_over_s=hand_over_s,
         checkpoint_s=checkpoint_s * (1 + keeps_best / 3),
         policy_bytes=policy_bytes,
-        # A new one is there before the old one goes.
-        checkpoint_bytes=2 * last_bytes + keeps_best * policy_bytes,
+        # New ones are there before the old ones go.
+        checkpoint_bytes=2 * (last_bytes + keeps_best * policy_bytes),
     )
 
 
