@@ -158,7 +158,7 @@ class EStep:
             store.verify_checksums()
         funnel: dict[str, Any] = {}
         mixed = self._mix(stream_accepted(stores, loop.selection, funnel))
-        eos = eos_ids(loop.base)
+        eos = eos_ids(loop.base, loop.template)
         num_mixed = write_accepted(self.paths.accepted, (end_with_eos(one, eos) for one in mixed))
         num_skipped = count_skipped(stores, loop.sampling.n)
         funnel |= {"num_skipped": num_skipped, "trained_on": num_mixed}

@@ -173,7 +173,7 @@ def _pairs(
     pieces = stream_pairs(
         [CompletionStore(pool) for one in folders for pool in (one, *sorted(one.glob("policy_*")))],
         human=human,
-        eos_ids=eos_ids(loop.base),
+        eos_ids=eos_ids(loop.base, loop.template),
         max_per_problem=params.max_pairs_per_problem,
         seed=loop.seed,
     )

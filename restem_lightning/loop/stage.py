@@ -61,13 +61,23 @@ def load_policy(folder: str, engine: EngineParams) -> Policy:
     )
 
 
-def eos_ids(folder: str) -> tuple[int, ...]:
-    """Returns the token ids that end a completion of a policy folder, the one to write first."""
+def eos_ids(folder: str, template: PromptTemplate) -> tuple[int, ...]:
+    """Returns the token ids that end a completion of a policy folder, the one to write first.
+
+    Chat models have several, and generation_config.json may name the end of a text first: Llama 3
+    Instruct's does. In a conversation an answer ends as the chat template ends a turn.
+    """
     try:
         eos = GenerationConfig.from_pretrained(folder).eos_token_id
     except OSError:  # there is no generation_config.json
         eos = AutoConfig.from_pretrained(folder).eos_token_id
-    return tuple([eos] if isinstance(eos, int) else eos or [])
+    ids = [eos] if isinstance(eos, int) else eos or []
+    if hasattr(template, "end_of_turn"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        end = tokenizer.encode(template.end_of_turn(tokenizer), add_special_tokens=False)
+        last = next((one for one in end if one in ids), None)
+        ids = sorted(ids, key=lambda one: one != last)
+    return tuple(ids)
 
 
 def engine_record(engine: EngineParams) -> dict[str, Any]:

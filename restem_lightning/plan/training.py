@@ -226,7 +226,7 @@ def try_verifier(
     """
     params: PreferenceParams = made.preference
     drawn = store.read(["problem_id", "completion_ids"])
-    pieces = list(stream_pairs([store], eos_ids=eos_ids(loop.base)))
+    pieces = list(stream_pairs([store], eos_ids=eos_ids(loop.base, loop.template)))
     distinct = pa.concat_tables([rows for rows, _ in pieces]) if pieces else drawn.slice(0, 0)
     completions = (distinct if pieces else drawn)["completion_ids"].to_pylist()
     num_mixed = len(distinct["problem_id"].unique())

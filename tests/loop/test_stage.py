@@ -1,11 +1,13 @@
 """What a stage makes of what the sampler has drawn."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
-from restem_lightning.loop.stage import load_policy
+from restem_lightning.loop.stage import eos_ids, load_policy
+from restem_lightning.prompts import ChatPrompt, FewShotPrompt
 from restem_lightning.sampler import EngineParams, Sample
 from restem_lightning.settings import EMBEDDED_POLICY
 
@@ -36,3 +38,14 @@ def test_spaces_before_punctuation_stay_whatever_the_tokenizer_tidies_up(policy)
     tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
     tidying = replace(policy, tokenizer=tokenizer)
     assert tidying.decode(tokenizer.encode("a . b , c")) == "a . b , c"
+
+
+def test_an_answer_ends_as_the_chat_template_ends_a_turn_where_a_policy_has_several_ends(tmp_path):
+    folder = str(shutil.copytree(EMBEDDED_POLICY, tmp_path / "policy"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    (end_of_turn,) = tokenizer.encode("!", add_special_tokens=False)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}!\n{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    GenerationConfig(eos_token_id=[0, 5, end_of_turn]).save_pretrained(folder)
+    assert eos_ids(folder, FewShotPrompt()) == (0, 5, end_of_turn)
+    assert eos_ids(folder, ChatPrompt()) == (end_of_turn, 0, 5)
