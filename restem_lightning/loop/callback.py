@@ -46,6 +46,7 @@ class ReSTEMCallback(Callback):
         self.e_step = EStep(loop, iteration, policies)
         self.paths = loop.run.iteration(iteration)
         self.parity_json = self.paths.path / "parity.json"
+        self.m_step_json = self.paths.m_step / "m_step.json"
         self.validation_policy: Policy | None = None
         self.val_rewards: list[tuple[int, float]] = []
 
@@ -66,6 +67,8 @@ class ReSTEMCallback(Callback):
         trainer.datamodule.accepted = str(self.paths.accepted)
         self._note_memory(self.iteration, "e_step")
         self.watch = self._stopwatch("m_step")
+        if not self._lacks_policy():  # optimizer steps taken again may round otherwise
+            trainer.limit_train_batches = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Goes on with the optimizer's state if wanted."""
@@ -93,7 +96,7 @@ class ReSTEMCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Measures the new policy and finishes the iteration."""
         is_leaving = self.loop.stop.is_leaving
-        if is_missing(self.paths.policy, is_leaving):  # resumed at max_steps: no on_train_end then
+        if self._lacks_policy():  # resumed at max_steps: no on_train_end then
             self._export(trainer, pl_module)
             barrier(is_leaving, written=self.paths.policy)
         pl_module.model = None
@@ -116,6 +119,11 @@ class ReSTEMCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores `state_dict`."""
         self.val_rewards = list(state_dict["val_rewards"])
+
+    def _lacks_policy(self) -> bool:
+        """Returns on every rank whether the policy, or its record, is still to come."""
+        files = (self.m_step_json, self.paths.policy)
+        return any(is_missing(file, self.loop.stop.is_leaving) for file in files)
 
     def _check_parity(self) -> None:
         """Lets the trainer's forward pass score a slice of the pool, once; the sampler is gone."""
@@ -182,7 +190,7 @@ class ReSTEMCallback(Callback):
                 "best_optimizer_step": step,
                 "val_rewards": [list(pair) for pair in self.val_rewards],
             }
-            write_json(self.paths.m_step / "m_step.json", record)
+            write_json(self.m_step_json, record)
         if self.loop.carry_optimizer:
             save_optimizer(pl_module.model, trainer.optimizers[0], self.paths.optimizer)
         if best is not None:
@@ -234,7 +242,7 @@ class ReSTEMCallback(Callback):
                 for name in loop.held_out
             },
             "e_step": self.e_step.metrics() if iteration else {},
-            "m_step": read_json(paths.m_step / "m_step.json") if iteration else {},
+            "m_step": read_json(self.m_step_json) if iteration else {},
             "seconds": read_json(paths.path / "seconds.json"),
             "memory_mib": read_json(paths.memory) if paths.memory.exists() else {},
         }

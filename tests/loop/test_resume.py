@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from restem_lightning.completion_store import CompletionStore
+from restem_lightning.m_step import PolicyModule
 from restem_lightning.run_dir import TEMP_SUFFIX, RunDir, read_json, write_json
 
 
@@ -64,6 +65,25 @@ def test_a_kill_behind_the_last_optimizer_step_allowed_changes_nothing(
     for run in (whole, *killed):
         assert restem(*fit_words(run.path, **changes)).code == 0
         assert outcome(run, 1) == outcome(whole, 1)
+
+
+def test_a_policy_that_is_there_is_not_trained_again(
+    restem, fit_words, outcome, monkeypatch, tmp_path
+):
+    callback = {"class_path": "tests.loop.snapshots.Snapshots"}
+    callback["init_args"] = {"folder": str(tmp_path)}
+    # An optimizer step behind the last look: what is resumed from is not the last weights.
+    changes = {"trainer.max_steps": 4, "trainer.val_check_interval": 3, "stop.rule": "none"}
+    changes["trainer.callbacks"] = json.dumps([callback])
+    whole, killed = (RunDir(tmp_path / name) for name in ("whole", "iteration_1_fit_end"))
+    assert restem(*fit_words(whole.path, **changes)).code == 0
+    assert killed.iteration(1).policy.exists()
+    trained = []
+    monkeypatch.setattr(PolicyModule, "training_step", lambda *batch: trained.append(batch))
+    resumed = restem(*fit_words(killed.path, **changes))
+    assert resumed.code == 0, resumed.err
+    assert not trained
+    assert outcome(killed, 1) == outcome(whole, 1)
 
 
 @pytest.mark.parametrize("until", ["manifest", "metrics", "parity", "accepted"])
