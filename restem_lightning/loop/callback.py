@@ -56,7 +56,7 @@ class ReSTEMCallback(Callback):
         barrier(is_leaving, written=run.run_json)
         if self.iteration == 1 and is_missing(run.iteration(0).metrics, is_leaving):
             self._measure(0, self.loop.base)
-        if is_missing(self.paths.funnel, is_leaving):
+        if any(is_missing(file, is_leaving) for file in (self.paths.funnel, self.paths.accepted)):
             self.e_step.run(self._stopwatch("e_step").lap)
             stop_if_asked(trainer, self.loop.stop)
         self._check_parity()

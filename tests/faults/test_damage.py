@@ -69,6 +69,23 @@ def test_a_flipped_bit_in_a_part_is_named_and_the_part_is_drawn_again(
     assert outcome(run, 1) == outcome(whole, 1)
 
 
+def test_a_truncated_accepted_dataset_is_named_and_selected_anew(
+    begun, whole, restem, fit_words, outcome, tmp_path
+):
+    run = begun(tmp_path, "m_step")
+    words, accepted = fit_words(run.path, **SETTINGS), run.iteration(1).accepted
+    truncate(accepted)
+    stopped = restem(*words)
+    assert stopped.code == 2
+    (line,) = stopped.err.splitlines()
+    assert f"{accepted}) is damaged" in line
+    assert "delete it and give the same command again" in line
+    accepted.unlink()
+    resumed = restem(*words)
+    assert resumed.code == 0, resumed.err
+    assert outcome(run, 1) == outcome(whole, 1)
+
+
 def test_a_truncated_checkpoint_is_passed_over(before_export, whole, restem, fit_words, outcome):
     (last,) = before_export.iteration(1).m_step.glob("last-*.ckpt")
     truncate(last)
