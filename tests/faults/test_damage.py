@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from restem_lightning.loop import callback
+from restem_lightning.loop.journal import Journal
 from restem_lightning.m_step.checkpoint_io import AtomicCheckpointIO
 from restem_lightning.m_step.checkpoints import is_whole, write_error
 from restem_lightning.run_dir import RunDir, read_json
@@ -121,10 +122,10 @@ def test_a_sharded_checkpoint_is_whole_until_a_file_of_it_is_truncated_or_gone(n
 
 
 @contextmanager
-def full_disk():
-    """No file may grow beyond half a MiB."""
+def full_disk(most=1 << 19):
+    """No file may grow beyond so many bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
     try:
         yield
     finally:
@@ -150,6 +151,16 @@ def test_what_torch_raises_on_a_full_disk_is_known_as_a_failed_write(tmp_path):
             write()
         assert write_error(raised.value)
     assert write_error(RuntimeError("anything else")) is None
+
+
+def test_a_journal_with_a_torn_line_keeps_the_others_where_nothing_can_be_written(tmp_path):
+    path = tmp_path / "tracking.jsonl"
+    Journal(path).append("base/0", {})
+    with path.open("a") as file:
+        file.write('{"step": 1, "ti')
+    with full_disk(most=0):
+        Journal(path)
+    assert [entry.key for entry in Journal(path).entries] == ["base/0"]
 
 
 def test_w_and_b_out_of_reach_is_said_and_the_run_goes_on(
