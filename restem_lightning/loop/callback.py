@@ -23,7 +23,8 @@ from restem_lightning.m_step.checkpoints import remove_checkpoints
 from restem_lightning.m_step.export import export_policy, load_best
 from restem_lightning.m_step.optimizer_state import load_optimizer, save_optimizer
 from restem_lightning.m_step.sequences import remove_sequences
-from restem_lightning.run_dir import IterationDir, read_json, write_json
+from restem_lightning.m_step.stopping import best_checkpoint
+from restem_lightning.run_dir import IterationDir, RunDir, read_json, write_json
 from restem_lightning.selection import empty_reason
 
 VALIDATION_CACHE_TOKENS = 65536  # of the sampler that measures D_val within the M-step
@@ -167,10 +168,8 @@ class ReSTEMCallback(Callback):
         return total.item() / (len(loop.validation) * loop.validation_sampling.n)
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        best = next(
-            (c for c in trainer.checkpoint_callbacks if c.monitor and c.best_model_path), None
-        )
-        if best is None and any(c.monitor for c in trainer.checkpoint_callbacks):
+        best = best_checkpoint(trainer)
+        if best is not None and not best.best_model_path:
             raise UserError(
                 "the M-step ended before its first look at D_val; lower trainer.val_check_interval "
                 f"({trainer.val_check_interval}) or set stop.rule to none"
@@ -262,13 +261,19 @@ class ReSTEMCallback(Callback):
                     "policy_hash": policy_hash,
                 },
             )
-            remove_checkpoints(paths.m_step)
-            remove_sequences(paths.accepted)
-            loop.run.iteration(iteration - 1).optimizer.unlink(missing_ok=True)
+            remove_training_files(loop.run, iteration)
         loop.tracker.catch_up()
 
     def _stopwatch(self, stage: str) -> Stopwatch:
         return Stopwatch(self.paths.path / "seconds.json", stage)
+
+
+def remove_training_files(run: RunDir, iteration: int) -> None:
+    """Deletes what a finished iteration does not need any more, several times its policy."""
+    paths = run.iteration(iteration)
+    remove_checkpoints(paths.m_step)
+    remove_sequences(paths.accepted)
+    run.iteration(iteration - 1).optimizer.unlink(missing_ok=True)
 
 
 def check_interval(trainer: Trainer, num_steps: int) -> None:

@@ -102,6 +102,15 @@ def stop_callbacks(
     return [stop, best, last]
 
 
+def best_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:
+    """Returns the callback of `stop_callbacks` that keeps the best weights, None for rule "none".
+
+    A user's own ModelCheckpoint is none of ours, whatever it monitors.
+    """
+    ours = (one for one in trainer.checkpoint_callbacks if isinstance(one, _Checkpoint))
+    return next((one for one in ours if one.monitor), None)
+
+
 def resume_checkpoint(folder: str | Path) -> Path | None:
     """Returns the newest complete last-<step>.ckpt of a killed M-step, None if there is none."""
     complete = [

@@ -118,6 +118,18 @@ def test_a_finished_run_does_nothing_more(finished, copy_of, resume):
     assert {path: path.stat().st_mtime_ns for path in run.path.glob("iteration_*/**/*")} == before
 
 
+def test_what_a_kill_behind_the_manifest_has_left_goes(finished, copy_of, resume):
+    run = copy_of(finished.path)
+    left = [run.iteration(2).m_step / "last-4.ckpt", run.iteration(2).accepted.with_suffix(".ids")]
+    left.append(run.iteration(1).optimizer)
+    for path in left:
+        path.touch()
+    carried = run.iteration(2).optimizer  # the next iteration, if one comes, goes on with it
+    carried.touch()
+    resume(run)
+    assert [path for path in (*left, carried) if path.exists()] == [carried]
+
+
 def test_one_iteration_and_then_another_equal_two(finished, tracked, outcome):
     for iteration in (1, 2):
         assert outcome(tracked, iteration) == outcome(finished, iteration)

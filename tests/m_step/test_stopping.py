@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from restem_lightning.errors import UserError
 from restem_lightning.m_step import load_best, resume_checkpoint, stop_callbacks
+from restem_lightning.m_step.stopping import best_checkpoint
 
 
 class GivenReward(pl.Callback):
@@ -172,6 +173,14 @@ def test_a_kill_between_best_and_last_loses_no_best_weights(
     # As on a GPU the second look at the same step sees another reward.
     assert Path(run({2: 0.1, 3: 0.0})).name == "best-1.ckpt"
     assert sorted(path.name for path in folder.iterdir()) == ["best-1.ckpt", "last-3.ckpt"]
+
+
+def test_the_best_weights_are_never_those_of_a_users_own_checkpoints(tmp_path):
+    theirs = ModelCheckpoint(dirpath=tmp_path, monitor="train_loss")
+    for rule in ("best", "none"):
+        ours = stop_callbacks(rule, folder=tmp_path)
+        trainer = pl.Trainer(callbacks=[theirs, *ours], logger=False, accelerator="cpu")
+        assert best_checkpoint(trainer) is (ours[0] if rule == "best" else None)
 
 
 def test_resume_takes_the_newest_complete_checkpoint(tmp_path):
