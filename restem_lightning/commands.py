@@ -53,10 +53,10 @@ def sample(words: list[str]) -> None:
         check_quota(made.selection)
     output = Path(made.output)
     store = CompletionStore(output / "completions")
-    eos_ids = _draw_sample(made, store)
+    ends = _draw_sample(made, store)
     funnel: dict[str, Any] = {}
     accepted = stream_accepted(store, made.selection, funnel)
-    write_accepted(output / "accepted.parquet", (end_with_eos(one, eos_ids) for one in accepted))
+    write_accepted(output / "accepted.parquet", (end_with_eos(one, ends) for one in accepted))
     funnel["num_skipped"] = count_skipped([store], made.sampling.n)
     write_json(output / "funnel.json", funnel)
     print(json.dumps(funnel))
@@ -87,7 +87,7 @@ def _draw_sample(made: Any, store: Any) -> tuple[int, ...]:
         stage = _stage(made, verifiers, made.iteration)
         quota = made.selection if made.e_step.stop_at_quota else None
         fill_store(store, problems, stage, e_step=made.e_step, quota=quota, show="sample")
-        return eos_ids(resolve_policy(made.policy), made.prompt)
+        return eos_ids(resolve_policy(made.policy), stage.template)
 
 
 def _replay(words: list[str]) -> None:

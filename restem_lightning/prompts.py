@@ -11,7 +11,6 @@ from restem_lightning.problems import Problem
 from restem_lightning.problems.records import read_rows
 
 ASSETS = Path(__file__).parent / "assets"
-_ANSWER = "the answer"  # stands for one in a conversation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,21 +123,30 @@ class ChatPrompt:
         Raises:
             UserError: if the policy has no chat template.
         """
-        if not tokenizer.chat_template:
-            raise UserError(
-                "the policy's tokenizer has no chat template; use the FewShotPrompt for base models"
-            )
         messages = [{"role": "system", "content": self.system}] if self.system else []
         question = self.question_format.replace("{question}", problem.question)
         messages.append({"role": "user", "content": question})
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = _conversation(messages, tokenizer, add_generation_prompt=True)
         return Prompt(text=text, preamble=text.split(question)[0], add_special_tokens=False)
 
-    def after_answer(self, tokenizer: Any) -> str:
-        """Returns what the chat template writes behind an answer, such as the end of its turn."""
-        turns = [("user", "?"), ("assistant", _ANSWER)]
-        messages = [{"role": role, "content": content} for role, content in turns]
-        return tokenizer.apply_chat_template(messages, tokenize=False).rpartition(_ANSWER)[2]
+    def end_of_turn(self, tokenizer: Any) -> str:
+        """Returns what the chat template writes behind an answer.
+
+        Raises:
+            UserError: if the policy has no chat template.
+        """
+        turns = {"user": "question", "assistant": "answer"}
+        messages = [{"role": role, "content": content} for role, content in turns.items()]
+        return _conversation(messages, tokenizer).rpartition("answer")[2]
+
+
+def _conversation(messages: list[dict[str, str]], tokenizer: Any, **options: bool) -> str:
+    """Returns messages as the policy's chat template writes them."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the policy's tokenizer has no chat template; use the FewShotPrompt for base models"
+        )
+    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
 
 def encode_prompt(

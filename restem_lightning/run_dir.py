@@ -54,7 +54,7 @@ class RunDir:
         Args:
             path: the run folder; it need not exist yet.
         """
-        self.path = Path(path)
+        self.path = Path(os.path.expanduser(path))  # Lightning does so with that of checkpoints
         self.run_json = self.path / "run.json"
         self.lock = self.path / ".lock"
         self.report = self.path / "report.html"

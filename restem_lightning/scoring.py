@@ -18,6 +18,7 @@ from restem_lightning.m_step.export import check_policy_folder, policy_hash
 from restem_lightning.m_step.likelihood import all_logprobs
 from restem_lightning.m_step.packing import TrainingSequence
 from restem_lightning.m_step.weights import load_policy
+from restem_lightning.pretrained import load_whole
 from restem_lightning.problems import Problem
 from restem_lightning.verifiers.composed import compose
 
@@ -131,11 +132,13 @@ class ClassifierScorer:
 
     @torch.no_grad()
     def score(self, judged: Sequence[tuple[Problem, Completion]]) -> list[float]:
-        """Returns the probability of `label`, 0 to 1."""
+        """Returns the probability of `label`, 0 to 1.
+
+        Raises:
+            UserError: the folder lacks weights, as a language model's does those of a classifier.
+        """
         if self._model is None:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                self.policy, dtype=torch.float32
-            )
+            model = load_whole(AutoModelForSequenceClassification, self.policy, dtype=torch.float32)
             self._tokenizer = AutoTokenizer.from_pretrained(self.policy)
             if self._tokenizer.pad_token is None:
                 self._tokenizer.pad_token = self._tokenizer.eos_token

@@ -100,6 +100,11 @@ def test_free_keys_may_change(tmp_path):
         open_run(tmp_path, {"trainer": {"devices": 8}, "trainer_name": "b"}, free=("trainer",))
 
 
+def test_a_folder_of_the_home_folder_is_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunDir("~/run").path == tmp_path / "run"
+
+
 def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"file.*--run_dir"):

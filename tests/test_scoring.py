@@ -150,3 +150,8 @@ def test_without_a_scorer_nothing_changes():
 def test_a_value_that_is_not_allowed_is_refused(change):
     with pytest.raises(UserError, match=next(iter(change))):
         ScoringParams(**change)
+
+
+def test_a_language_model_is_no_classifier():
+    with pytest.raises(UserError, match=r"lacks score\.weight"):
+        ClassifierScorer(POLICY).score([(PROBLEM, completion("4"))])

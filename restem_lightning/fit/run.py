@@ -16,7 +16,7 @@ from restem_lightning.errors import UserError
 from restem_lightning.fit.assembly import load_problems, make_loop
 from restem_lightning.fit.checks import check_policies, check_settings, iterations_that_differ
 from restem_lightning.fit.command_line import ReSTEMCLI, make_cli
-from restem_lightning.loop.callback import ReSTEMCallback
+from restem_lightning.loop.callback import ReSTEMCallback, remove_training_files
 from restem_lightning.loop.iteration import is_plateau
 from restem_lightning.loop.learned import learn_verifier, wants_verifier
 from restem_lightning.loop.ranks import (
@@ -198,6 +198,8 @@ def _opened(run: RunDir, settings: dict[str, Any]) -> Iterator[None]:
         return
     with run.held():
         open_run(run.path, settings, free=FREE_ON_RESUME)
+        for iteration in run.finished_iterations():  # a kill may have come before it
+            remove_training_files(run, iteration)
         yield
 
 

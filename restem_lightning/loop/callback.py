@@ -23,7 +23,8 @@ from restem_lightning.m_step.checkpoints import remove_checkpoints
 from restem_lightning.m_step.export import export_policy, load_best
 from restem_lightning.m_step.optimizer_state import load_optimizer, save_optimizer
 from restem_lightning.m_step.sequences import remove_sequences
-from restem_lightning.run_dir import IterationDir, read_json, write_json
+from restem_lightning.m_step.stopping import best_checkpoint
+from restem_lightning.run_dir import IterationDir, RunDir, read_json, write_json
 from restem_lightning.selection import empty_reason
 
 VALIDATION_CACHE_TOKENS = 65536  # of the sampler that measures D_val within the M-step
@@ -46,6 +47,7 @@ class ReSTEMCallback(Callback):
         self.e_step = EStep(loop, iteration, policies)
         self.paths = loop.run.iteration(iteration)
         self.parity_json = self.paths.path / "parity.json"
+        self.m_step_json = self.paths.m_step / "m_step.json"
         self.validation_policy: Policy | None = None
         self.val_rewards: list[tuple[int, float]] = []
 
@@ -55,7 +57,7 @@ class ReSTEMCallback(Callback):
         barrier(is_leaving, written=run.run_json)
         if self.iteration == 1 and is_missing(run.iteration(0).metrics, is_leaving):
             self._measure(0, self.loop.base)
-        if is_missing(self.paths.funnel, is_leaving):
+        if any(is_missing(file, is_leaving) for file in (self.paths.funnel, self.paths.accepted)):
             self.e_step.run(self._stopwatch("e_step").lap)
             stop_if_asked(trainer, self.loop.stop)
         self._check_parity()
@@ -66,6 +68,8 @@ class ReSTEMCallback(Callback):
         trainer.datamodule.accepted = str(self.paths.accepted)
         self._note_memory(self.iteration, "e_step")
         self.watch = self._stopwatch("m_step")
+        if not self._lacks_policy():  # optimizer steps taken again may round otherwise
+            trainer.limit_train_batches = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Goes on with the optimizer's state if wanted."""
@@ -93,7 +97,7 @@ class ReSTEMCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Measures the new policy and finishes the iteration."""
         is_leaving = self.loop.stop.is_leaving
-        if is_missing(self.paths.policy, is_leaving):  # resumed at max_steps: no on_train_end then
+        if self._lacks_policy():  # resumed at max_steps: no on_train_end then
             self._export(trainer, pl_module)
             barrier(is_leaving, written=self.paths.policy)
         pl_module.model = None
@@ -116,6 +120,11 @@ class ReSTEMCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores `state_dict`."""
         self.val_rewards = list(state_dict["val_rewards"])
+
+    def _lacks_policy(self) -> bool:
+        """Returns on every rank whether the policy, or its record, is still to come."""
+        files = (self.m_step_json, self.paths.policy)
+        return any(is_missing(file, self.loop.stop.is_leaving) for file in files)
 
     def _check_parity(self) -> None:
         """Lets the trainer's forward pass score a slice of the pool, once; the sampler is gone."""
@@ -159,10 +168,8 @@ class ReSTEMCallback(Callback):
         return total.item() / (len(loop.validation) * loop.validation_sampling.n)
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        best = next(
-            (c for c in trainer.checkpoint_callbacks if c.monitor and c.best_model_path), None
-        )
-        if best is None and any(c.monitor for c in trainer.checkpoint_callbacks):
+        best = best_checkpoint(trainer)
+        if best is not None and not best.best_model_path:
             raise UserError(
                 "the M-step ended before its first look at D_val; lower trainer.val_check_interval "
                 f"({trainer.val_check_interval}) or set stop.rule to none"
@@ -182,7 +189,7 @@ class ReSTEMCallback(Callback):
                 "best_optimizer_step": step,
                 "val_rewards": [list(pair) for pair in self.val_rewards],
             }
-            write_json(self.paths.m_step / "m_step.json", record)
+            write_json(self.m_step_json, record)
         if self.loop.carry_optimizer:
             save_optimizer(pl_module.model, trainer.optimizers[0], self.paths.optimizer)
         if best is not None:
@@ -234,7 +241,7 @@ class ReSTEMCallback(Callback):
                 for name in loop.held_out
             },
             "e_step": self.e_step.metrics() if iteration else {},
-            "m_step": read_json(paths.m_step / "m_step.json") if iteration else {},
+            "m_step": read_json(self.m_step_json) if iteration else {},
             "seconds": read_json(paths.path / "seconds.json"),
             "memory_mib": read_json(paths.memory) if paths.memory.exists() else {},
         }
@@ -254,13 +261,19 @@ class ReSTEMCallback(Callback):
                     "policy_hash": policy_hash,
                 },
             )
-            remove_checkpoints(paths.m_step)
-            remove_sequences(paths.accepted)
-            loop.run.iteration(iteration - 1).optimizer.unlink(missing_ok=True)
+            remove_training_files(loop.run, iteration)
         loop.tracker.catch_up()
 
     def _stopwatch(self, stage: str) -> Stopwatch:
         return Stopwatch(self.paths.path / "seconds.json", stage)
+
+
+def remove_training_files(run: RunDir, iteration: int) -> None:
+    """Deletes what a finished iteration does not need any more, several times its policy."""
+    paths = run.iteration(iteration)
+    remove_checkpoints(paths.m_step)
+    remove_sequences(paths.accepted)
+    run.iteration(iteration - 1).optimizer.unlink(missing_ok=True)
 
 
 def check_interval(trainer: Trainer, num_steps: int) -> None:

@@ -1,6 +1,7 @@
 """The journal of a run's tracking, all that was ever sent, and the thread that sends it."""
 
 import json
+import os
 import queue
 import sys
 import threading
@@ -38,7 +39,7 @@ class Journal:
         if path.exists():
             whole, _, torn = path.read_bytes().rpartition(b"\n")
             if torn:
-                path.write_bytes(whole + b"\n" if whole else b"")
+                os.truncate(path, len(whole) + bool(whole))
             self.entries = [Entry(**json.loads(line)) for line in whole.splitlines()]
         self._keys = {entry.key for entry in self.entries}
 

@@ -61,21 +61,22 @@ def load_policy(folder: str, engine: EngineParams) -> Policy:
     )
 
 
-def eos_ids(folder: str, template: PromptTemplate | None = None) -> tuple[int, ...]:
+def eos_ids(folder: str, template: PromptTemplate) -> tuple[int, ...]:
     """Returns the token ids that end a completion of a policy folder, the one to write first.
 
-    Of several that is the one which the template writes behind an answer, if it has the method
-    `after_answer`: a chat model's turn may end otherwise than a document.
+    Chat models have several, and generation_config.json may name the end of a text first: Llama 3
+    Instruct's does. In a conversation an answer ends as the chat template ends a turn.
     """
     try:
         eos = GenerationConfig.from_pretrained(folder).eos_token_id
     except OSError:  # there is no generation_config.json
         eos = AutoConfig.from_pretrained(folder).eos_token_id
     ids = [eos] if isinstance(eos, int) else eos or []
-    if len(ids) > 1 and hasattr(template, "after_answer"):
+    if hasattr(template, "end_of_turn"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        written = tokenizer.encode(template.after_answer(tokenizer), add_special_tokens=False)
-        ids = sorted(ids, key=[*written, *ids].index)
+        end = tokenizer.encode(template.end_of_turn(tokenizer), add_special_tokens=False)
+        last = next((one for one in end if one in ids), None)
+        ids = sorted(ids, key=lambda one: one != last)
     return tuple(ids)
 
 

@@ -3,6 +3,7 @@
 import pickle
 import shutil
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemReader
@@ -43,9 +44,16 @@ def write_error(error: BaseException) -> str | None:
     return None
 
 
-def remove_checkpoints(folder: Path) -> None:
-    """Deletes what only a resumed training needs: it is several times the size of the policy."""
+def remove_checkpoints(folder: Path, *, but: Collection[str] = ()) -> None:
+    """Deletes what only a resumed training needs: it is several times the size of the policy.
+
+    Args:
+        folder: of the training.
+        but: names of those to keep.
+    """
     for path in folder.glob("*.ckpt"):
+        if path.name in but:
+            continue
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -146,6 +146,10 @@ def check_policy_folder(path: str | Path) -> None:
             raise UserError(
                 f"policy ({path}) has a damaged {file.name} ({error}); copy or download it anew"
             ) from error
+    index = folder / "model.safetensors.index.json"
+    named = read_json(index)["weight_map"].values() if index.is_file() else ()
+    if missing := sorted({name for name in named if not (folder / name).is_file()}):
+        raise UserError(f"policy ({path}) lacks {missing[0]}; copy or download it anew")
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(f"policy ({path}) must have a tokenizer, e.g. tokenizer.json; {remedy}")
     names = ("config.json", "generation_config.json")

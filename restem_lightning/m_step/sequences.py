@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -69,11 +70,13 @@ def write_sequences(accepted: str | Path) -> None:
     """Writes token ids and index of an accepted dataset beside it, reading it in pieces.
 
     Raises:
-        UserError: if a column is missing, no row is there, or a row cannot be trained on.
+        UserError: if the file or a column is missing, no row is there, or a row cannot be trained
+            on.
     """
     if not Path(accepted).is_file():
         raise UserError(f"accepted ({accepted}) must be a parquet file; run the E-step first")
-    missing = set(_COLUMNS) - set(pq.read_schema(accepted).names)
+    with _read_errors(accepted):
+        missing = set(_COLUMNS) - set(pq.read_schema(accepted).names)
     if missing:
         raise UserError(f"accepted ({accepted}) must have the columns {_COLUMNS}; add {missing}")
     store_sequences(accepted, _batches(accepted))
@@ -131,11 +134,23 @@ def _paths(accepted: str | Path) -> tuple[Path, Path]:
 
 
 def _batches(accepted: str | Path) -> Iterator[pa.RecordBatch]:
-    with pq.ParquetFile(accepted) as file:
+    with _read_errors(accepted), pq.ParquetFile(accepted) as file:
         for number in range(file.num_row_groups):  # one reader over all keeps what it has read
             for batch in file.iter_batches(BATCH_ROWS, row_groups=[number], columns=_COLUMNS):
                 if batch.num_rows:
                     yield batch
+
+
+@contextmanager
+def _read_errors(accepted: str | Path) -> Iterator[None]:
+    """Turns what a damaged file raises into a UserError with the remedy."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"accepted ({accepted}) is damaged ({str(error).splitlines()[0]}); delete it and give "
+            "the same command again: it is selected anew from the pool"
+        ) from error
 
 
 def _token_lists(column: pa.ListArray) -> list[np.ndarray]:

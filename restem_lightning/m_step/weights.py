@@ -17,18 +17,17 @@ from restem_lightning.m_step.attention import ATTENTION_NAME, check_attention
 from restem_lightning.m_step.lora import is_adapter, merged
 from restem_lightning.m_step.loss import weighted_loss
 from restem_lightning.m_step.shards import local, local_index, whole
+from restem_lightning.pretrained import load_whole
 
 
 def load_policy(policy: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Returns the policy in training mode, without dropout and KV cache, behind packed attention.
 
     Raises:
-        UserError: if its attention cannot be replaced by ours.
+        UserError: if its attention cannot be replaced by ours, or weights are missing.
     """
-    config = training_config(policy)
-    model = AutoModelForCausalLM.from_pretrained(
-        policy, config=config, dtype=dtype, attn_implementation=ATTENTION_NAME
-    )
+    options = {"config": training_config(policy), "attn_implementation": ATTENTION_NAME}
+    model = load_whole(AutoModelForCausalLM, policy, dtype=dtype, **options)
     return _for_training(model)
 
 

@@ -178,8 +178,8 @@ def rates_on_paper(
         prompt_tokens=training.prompt_tokens,
         training_tokens_per_s=tokens_per_s,
         policy_bytes=training.parameter_bytes * size,
-        # Weights and two moments, twice: the new ones come before the old ones go. And the best.
-        checkpoint_bytes=(2 * 3 + 1) * training.parameter_bytes * size,
+        # Weights and two moments, and the best: new ones come before the old ones go.
+        checkpoint_bytes=2 * (3 + 1) * training.parameter_bytes * size,
         memory_bytes=_memory_bytes(card, volume, shape, decoding, training),
         waiting_bytes=_waiting_bytes(volume, decoding, training),
         start_s=START_S,

@@ -197,8 +197,8 @@ def try_m_step(
         hand_over_s=hand_over_s,
         checkpoint_s=checkpoint_s * (1 + keeps_best / 3),
         policy_bytes=policy_bytes,
-        # A new one is there before the old one goes.
-        checkpoint_bytes=2 * last_bytes + keeps_best * policy_bytes,
+        # New ones are there before the old ones go.
+        checkpoint_bytes=2 * (last_bytes + keeps_best * policy_bytes),
     )
 
 
@@ -226,7 +226,7 @@ def try_verifier(
     """
     params: PreferenceParams = made.preference
     drawn = store.read(["problem_id", "completion_ids"])
-    pieces = list(stream_pairs([store], eos_ids=eos_ids(loop.base)))
+    pieces = list(stream_pairs([store], eos_ids=eos_ids(loop.base, loop.template)))
     distinct = pa.concat_tables([rows for rows, _ in pieces]) if pieces else drawn.slice(0, 0)
     completions = (distinct if pieces else drawn)["completion_ids"].to_pylist()
     num_mixed = len(distinct["problem_id"].unique())

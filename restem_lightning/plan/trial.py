@@ -56,7 +56,9 @@ def try_out(
         num_problems = selection.funnel["num_problems"]
         # A run that accepts nothing stops at once: what an M-step takes is still to be said.
         accepted_per_problem = max(1, selection.funnel["accepted"]) / num_problems
-        accepted = end_with_eos(_any_completions(store, selection.accepted), eos_ids(loop.base))
+        accepted = end_with_eos(
+            _any_completions(store, selection.accepted), eos_ids(loop.base, loop.template)
+        )
         completions = accepted["completion_ids"].to_pylist()
         batch_size = min(made.data.batch_size, math.ceil(accepted_per_problem * len(loop.train)))
         sequences = real_sequences(loop, completions, max(1, batch_size))

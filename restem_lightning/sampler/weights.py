@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from restem_lightning.errors import UserError
+from restem_lightning.pretrained import load_whole
 from restem_lightning.sampler.attention import ATTENTION_NAME
 
 
@@ -38,14 +39,9 @@ def load_module(policy: str | Path, *, device: torch.device, dtype: torch.dtype)
             f"the sampler does not support {config.model_type} ({policy}): {reason}; "
             "choose a decoder-only model such as Llama, Qwen, Mistral or Gemma"
         )
-    module, loaded = AutoModelForCausalLM.from_pretrained(
-        policy, dtype=dtype, attn_implementation=ATTENTION_NAME, output_loading_info=True
+    module = load_whole(
+        AutoModelForCausalLM, policy, dtype=dtype, attn_implementation=ATTENTION_NAME
     )
-    if missing := sorted(loaded["missing_keys"]):  # transformers makes them up
-        raise UserError(
-            f"policy ({policy}) must have all weights of its config.json; it lacks {missing[0]}"
-            f"{f' and {len(missing) - 1} more' if missing[1:] else ''}; copy or download it anew"
-        )
     return module.to(device).eval()
 
 

@@ -12,6 +12,8 @@ from restem_lightning.errors import UserError
 from restem_lightning.run_dir import atomic_path
 
 ROW_GROUP = 4096
+# An iteration with a manifest is finished, and not looked at again.
+_ANEW = "delete it and manifest.json beside it and run again: it is selected anew from the pool"
 # Of a human solution, `iteration` is 0 and `logprobs` is empty.
 ACCEPTED_SCHEMA = pa.schema(
     [
@@ -98,12 +100,11 @@ def iter_accepted(path: str | Path) -> Iterator[pa.Table]:
             if version != str(SCHEMA_VERSION) or not schema.equals(ACCEPTED_SCHEMA):
                 raise UserError(
                     f"{path} must be an accepted dataset of schema version {SCHEMA_VERSION}, found "
-                    f"version {version}; delete it and run again: it is selected anew from the pool"
+                    f"version {version}; {_ANEW}"
                 )
             for number in range(file.num_row_groups):
                 yield file.read_row_group(number)
     except (pa.ArrowException, OSError) as error:
         raise UserError(
-            f"{path} is missing or damaged ({str(error).splitlines()[0]}); delete it and run "
-            "again: it is selected anew from the pool"
+            f"{path} is missing or damaged ({str(error).splitlines()[0]}); {_ANEW}"
         ) from error

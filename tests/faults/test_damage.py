@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from restem_lightning.loop import callback
+from restem_lightning.loop.journal import Journal
 from restem_lightning.m_step.checkpoint_io import AtomicCheckpointIO
 from restem_lightning.m_step.checkpoints import is_whole, write_error
 from restem_lightning.run_dir import RunDir, read_json
@@ -69,6 +70,23 @@ def test_a_flipped_bit_in_a_part_is_named_and_the_part_is_drawn_again(
     assert outcome(run, 1) == outcome(whole, 1)
 
 
+def test_a_truncated_accepted_dataset_is_named_and_selected_anew(
+    begun, whole, restem, fit_words, outcome, tmp_path
+):
+    run = begun(tmp_path, "m_step")
+    words, accepted = fit_words(run.path, **SETTINGS), run.iteration(1).accepted
+    truncate(accepted)
+    stopped = restem(*words)
+    assert stopped.code == 2
+    (line,) = stopped.err.splitlines()
+    assert f"{accepted}) is damaged" in line
+    assert "delete it and give the same command again" in line
+    accepted.unlink()
+    resumed = restem(*words)
+    assert resumed.code == 0, resumed.err
+    assert outcome(run, 1) == outcome(whole, 1)
+
+
 def test_a_truncated_checkpoint_is_passed_over(before_export, whole, restem, fit_words, outcome):
     (last,) = before_export.iteration(1).m_step.glob("last-*.ckpt")
     truncate(last)
@@ -104,10 +122,10 @@ def test_a_sharded_checkpoint_is_whole_until_a_file_of_it_is_truncated_or_gone(n
 
 
 @contextmanager
-def full_disk():
-    """No file may grow beyond half a MiB."""
+def full_disk(most=1 << 19):
+    """No file may grow beyond so many bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
     try:
         yield
     finally:
@@ -133,6 +151,16 @@ def test_what_torch_raises_on_a_full_disk_is_known_as_a_failed_write(tmp_path):
             write()
         assert write_error(raised.value)
     assert write_error(RuntimeError("anything else")) is None
+
+
+def test_a_journal_with_a_torn_line_keeps_the_others_where_nothing_can_be_written(tmp_path):
+    path = tmp_path / "tracking.jsonl"
+    Journal(path).append("base/0", {})
+    with path.open("a") as file:
+        file.write('{"step": 1, "ti')
+    with full_disk(most=0):
+        Journal(path)
+    assert [entry.key for entry in Journal(path).entries] == ["base/0"]
 
 
 def test_w_and_b_out_of_reach_is_said_and_the_run_goes_on(

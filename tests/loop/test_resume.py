@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from restem_lightning.completion_store import CompletionStore
+from restem_lightning.m_step import PolicyModule
 from restem_lightning.run_dir import TEMP_SUFFIX, RunDir, read_json, write_json
 
 
@@ -66,6 +67,25 @@ def test_a_kill_behind_the_last_optimizer_step_allowed_changes_nothing(
         assert outcome(run, 1) == outcome(whole, 1)
 
 
+def test_a_policy_that_is_there_is_not_trained_again(
+    restem, fit_words, outcome, monkeypatch, tmp_path
+):
+    callback = {"class_path": "tests.loop.snapshots.Snapshots"}
+    callback["init_args"] = {"folder": str(tmp_path)}
+    # An optimizer step behind the last look: what is resumed from is not the last weights.
+    changes = {"trainer.max_steps": 4, "trainer.val_check_interval": 3, "stop.rule": "none"}
+    changes["trainer.callbacks"] = json.dumps([callback])
+    whole, killed = (RunDir(tmp_path / name) for name in ("whole", "iteration_1_fit_end"))
+    assert restem(*fit_words(whole.path, **changes)).code == 0
+    assert killed.iteration(1).policy.exists()
+    trained = []
+    monkeypatch.setattr(PolicyModule, "training_step", lambda *batch: trained.append(batch))
+    resumed = restem(*fit_words(killed.path, **changes))
+    assert resumed.code == 0, resumed.err
+    assert not trained
+    assert outcome(killed, 1) == outcome(whole, 1)
+
+
 @pytest.mark.parametrize("until", ["manifest", "metrics", "parity", "accepted"])
 def test_a_kill_between_stages_changes_nothing(until, finished, copy_of, resume, outcome):
     run = copy_of(finished.path)
@@ -96,6 +116,18 @@ def test_a_finished_run_does_nothing_more(finished, copy_of, resume):
     before = {path: path.stat().st_mtime_ns for path in run.path.glob("iteration_*/**/*")}
     resume(run)
     assert {path: path.stat().st_mtime_ns for path in run.path.glob("iteration_*/**/*")} == before
+
+
+def test_what_a_kill_behind_the_manifest_has_left_goes(finished, copy_of, resume):
+    run = copy_of(finished.path)
+    left = [run.iteration(2).m_step / "last-4.ckpt", run.iteration(2).accepted.with_suffix(".ids")]
+    left.append(run.iteration(1).optimizer)
+    for path in left:
+        path.touch()
+    carried = run.iteration(2).optimizer  # the next iteration, if one comes, goes on with it
+    carried.touch()
+    resume(run)
+    assert [path for path in (*left, carried) if path.exists()] == [carried]
 
 
 def test_one_iteration_and_then_another_equal_two(finished, tracked, outcome):

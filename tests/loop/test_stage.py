@@ -1,5 +1,6 @@
 """What a stage makes of what the sampler has drawn."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -39,11 +40,12 @@ def test_spaces_before_punctuation_stay_whatever_the_tokenizer_tidies_up(policy)
     assert tidying.decode(tokenizer.encode("a . b , c")) == "a . b , c"
 
 
-def test_the_eos_to_write_is_the_one_of_the_chat_template(tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_POLICY)
-    document, (other, turn) = 0, tokenizer.encode("?!", add_special_tokens=False)
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}!{% endfor %}"
-    tokenizer.save_pretrained(tmp_path)
-    GenerationConfig(eos_token_id=[document, other, turn]).save_pretrained(tmp_path)
-    assert eos_ids(str(tmp_path), ChatPrompt()) == (turn, document, other)
-    assert eos_ids(str(tmp_path), FewShotPrompt()) == (document, other, turn)
+def test_an_answer_ends_as_the_chat_template_ends_a_turn_where_a_policy_has_several_ends(tmp_path):
+    folder = str(shutil.copytree(EMBEDDED_POLICY, tmp_path / "policy"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    (end_of_turn,) = tokenizer.encode("!", add_special_tokens=False)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}!\n{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    GenerationConfig(eos_token_id=[0, 5, end_of_turn]).save_pretrained(folder)
+    assert eos_ids(folder, FewShotPrompt()) == (0, 5, end_of_turn)
+    assert eos_ids(folder, ChatPrompt()) == (end_of_turn, 0, 5)

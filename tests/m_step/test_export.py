@@ -116,6 +116,16 @@ def test_a_damaged_policy_folder_is_refused(make_policy):
         check_policy_folder(policy)
 
 
+def test_a_policy_folder_that_lacks_one_of_its_files_is_refused(make_policy, tmp_path):
+    policy, out = make_policy(), tmp_path / "out"
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    export_policy(model, out, source_policy=policy, file_bytes=10_000)
+    file = max(out.glob("model-*.safetensors"))
+    file.unlink()
+    with pytest.raises(UserError, match=f"lacks {file.name}"):
+        check_policy_folder(out)
+
+
 def test_policy_without_eos_or_folder_is_refused(make_policy, tmp_path):
     policy = make_policy()
     for name in ("config.json", "generation_config.json"):

@@ -275,3 +275,12 @@ def test_compiled_layers_change_no_loss(make_policy, make_accepted, fit):
     _, plain, _ = fit(policy, accepted, max_epochs=1)
     _, compiled, _ = fit(policy, accepted, max_epochs=1, module={"compile": True})
     np.testing.assert_allclose(plain, compiled, rtol=1e-5)
+
+
+def test_a_policy_that_lacks_a_weight_is_not_trained_from_made_up_ones(make_policy):
+    policy = make_policy()
+    config = AutoConfig.from_pretrained(policy)
+    config.num_hidden_layers = 3
+    config.save_pretrained(policy)
+    with pytest.raises(UserError, match=r"lacks model\.layers\.2"):
+        load_policy(str(policy))

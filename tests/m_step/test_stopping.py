@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -6,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from restem_lightning.errors import UserError
 from restem_lightning.m_step import load_best, resume_checkpoint, stop_callbacks
+from restem_lightning.m_step.stopping import best_checkpoint
 
 
 class GivenReward(pl.Callback):
@@ -135,10 +138,49 @@ def test_a_killed_m_step_ends_like_the_uninterrupted_one(
     whole = run("whole")
     assert run("killed", Kill(hook, step)) is None
     resumed = run("killed")
+    assert len(list((tmp_path / "killed").iterdir())) == 2  # nor is what it was resumed from kept
     assert same(whole[0], resumed[0])
     assert whole[1].replace("whole", "killed") == resumed[1]
     assert whole[2][len(whole[2]) - len(resumed[2]) :] == resumed[2]
     assert whole[3][len(whole[3]) - len(resumed[3]) :] == resumed[3]
+
+
+def test_a_kill_between_best_and_last_loses_no_best_weights(
+    make_policy, make_accepted, fit, monkeypatch, tmp_path
+):
+    policy, accepted, folder = make_policy(), make_accepted(size=24), tmp_path / "m"
+    save = pl.Trainer.save_checkpoint
+
+    def die_at_last_2(trainer, path, *args):
+        if Path(path).name == "last-2.ckpt":
+            raise Killed
+        save(trainer, path, *args)
+
+    def run(rewards):
+        callbacks = [GivenReward(rewards), *stop_callbacks("best", folder=folder)]
+        resume = resume_checkpoint(folder)
+        settings = SETTINGS | {"max_epochs": 1}
+        fit(policy, accepted, callbacks=callbacks, ckpt_path=resume, **settings)
+        return best_path(callbacks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pl.Trainer, "save_checkpoint", die_at_last_2)
+        with pytest.raises(Killed):
+            run({1: 0.2, 2: 0.3})
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "best-1.ckpt", "best-2.ckpt", "last-1.ckpt",
+    ]  # fmt: skip
+    # As on a GPU the second look at the same step sees another reward.
+    assert Path(run({2: 0.1, 3: 0.0})).name == "best-1.ckpt"
+    assert sorted(path.name for path in folder.iterdir()) == ["best-1.ckpt", "last-3.ckpt"]
+
+
+def test_the_best_weights_are_never_those_of_a_users_own_checkpoints(tmp_path):
+    theirs = ModelCheckpoint(dirpath=tmp_path, monitor="train_loss")
+    for rule in ("best", "none"):
+        ours = stop_callbacks(rule, folder=tmp_path)
+        trainer = pl.Trainer(callbacks=[theirs, *ours], logger=False, accelerator="cpu")
+        assert best_checkpoint(trainer) is (ours[0] if rule == "best" else None)
 
 
 def test_resume_takes_the_newest_complete_checkpoint(tmp_path):
