@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from jsonargparse import ArgumentError
 
 from restem_lightning import __version__
+from restem_lightning.command_words import check_words
 from restem_lightning.errors import UserError
 
 VERBS = {
@@ -30,8 +31,8 @@ MODULES = {"fit": "fit", "compare": "compare", "plan": "plan.command"}
 
 # A place that cannot be written is for the user to mend; any other OSError is a fault of ours.
 UNWRITABLE = (
-    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EISDIR, errno.ENOSPC, errno.ENOTDIR,
-    errno.EPERM, errno.EROFS,
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EISDIR, errno.ENOSPC,
+    errno.ENOTDIR, errno.EPERM, errno.EROFS,
 )  # fmt: skip
 
 
@@ -52,7 +53,9 @@ def main(args: Sequence[str] | None = None) -> None:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a user's own classes lie beside their configs
     try:
-        _command(verb)(words[1:])
+        command = _command(verb)
+        check_words(words[1:])
+        command(words[1:])
     except (UserError, ArgumentError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         print(f"restem {verb}: error: {' '.join(lines)}", file=sys.stderr)
