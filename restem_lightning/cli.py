@@ -75,10 +75,27 @@ def main(args: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(
+            f"restem {verb}: error: out of memory ({str(error).partition(chr(10))[0]}); lower "
+            "engine.max_batch_size, engine.cache_tokens or sampling.n if it was sampling, "
+            "data.tokens_per_micro_batch if it was training, and give the same command again",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except KeyboardInterrupt:
         again = "" if verb == "verify" else "; the same command goes on"
         print(f"\nrestem {verb}: stopped{again}", file=sys.stderr)
         sys.exit(130)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Returns whether Python or torch, on a GPU or a CPU, had no more memory to give."""
+    names = [kind.__name__ for kind in type(error).__mro__]  # torch need not be imported for this
+    text = "can't allocate memory"  # of torch's allocator for the CPU, torch 2.13
+    return isinstance(error, MemoryError) or "OutOfMemoryError" in names or text in str(error)
 
 
 def _usage() -> str:

@@ -14,7 +14,7 @@ def check_words(words: Sequence[str]) -> None:
     Raises:
         UserError: a config file is not YAML or has a key twice, or a part of `verifier` is given.
     """
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         option, _, value = word.partition("=")
         if option.startswith("--verifier."):  # jsonargparse takes its value for the whole verifier
             raise UserError(

@@ -35,6 +35,8 @@ def likely_meant(parser: ArgumentParser) -> Iterator[None]:
 
 
 def _remedy(message: str, parser: ArgumentParser) -> str | None:
+    if "arguments are required" in message:
+        return "give it, or a --config that has it"
     if name := UNKNOWN_CLASS.search(message):
         homes = [home.__name__ for home in (prompts, problems) if hasattr(home, name[1])]
         return f"did you mean {homes[0]}.{name[1]}?" if homes else "give module and class"

@@ -376,6 +376,19 @@ def test_a_device_that_does_not_exist_is_one_line(restem, problems):
     assert "engine.device (foo) must be auto, cpu, cuda" in result.err
 
 
+def test_more_memory_than_there_is_is_one_line(restem, problems, tmp_path):
+    words = ["--problems", problems, "--output", tmp_path / "out", *SMALL]
+    line = restem("sample", *words, "--engine.cache_tokens", 10**14)
+    check_line(line, ["out of memory", "engine.cache_tokens"], "sample")
+
+
+def test_a_file_where_a_folder_must_be_is_one_line(restem, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "in").write_text("")
+    words = ["--input", tmp_path / "in", "--output", tmp_path / "file" / "out"]
+    check_line(restem("verify", "--verifier", "math", *words), [str(tmp_path / "file")], "verify")
+
+
 def test_an_output_that_cannot_be_written_is_one_line(restem, problems, tmp_path):
     (tmp_path / "file").write_text("")
     output = tmp_path / "file" / "below"

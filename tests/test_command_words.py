@@ -30,6 +30,7 @@ def check_line(result, verb, named):
         (["compare", "--arm", "{}", "--control", "a"], "did you mean arms?"),
         (["evaluate", "--problems", "x", "--sampling.n", "2"], "did you mean n?"),
         (["evaluate", "x.jsonl"], "x.jsonl; a value follows its option; `restem evaluate --help`"),
+        (["fit"], "problems.train; give it, or a --config that has it"),
         (["fit", "quick.yaml"], "did you mean --config quick.yaml?"),
         (["fit", "--prompt", "ChatPrompt"], "did you mean restem_lightning.prompts.ChatPrompt?"),
         (["fit", "--problems.train", "APPS"], "did you mean restem_lightning.problems.APPS?"),
