@@ -44,15 +44,15 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if args is None else args)
     verb = words[0] if words else "--help"
-    if verb in ("-h", "--help", "--version"):
-        print(__version__ if verb == "--version" else _usage())
-        return
     _quiet_libraries()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a log file shows a line when it is printed
         sys.stdout.reconfigure(line_buffering=True)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a user's own classes lie beside their configs
     try:
+        if verb in ("-h", "--help", "--version"):
+            print(__version__ if verb == "--version" else _usage())
+            return
         command = _command(verb)
         check_words(words[1:])
         command(words[1:])

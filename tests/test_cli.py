@@ -1,11 +1,7 @@
 """The command line as a user meets it: help, verbs, and one line for each mistake."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -65,33 +61,6 @@ def test_without_a_verb_all_verbs_are_explained(words, restem):
 
 def test_version(restem):
     assert restem("--version").out == f"{__version__}\n"
-
-
-def test_output_into_a_closed_pipe_ends_in_one_line(tmp_path):
-    (tmp_path / "iteration_0").mkdir()
-    reader, writer = os.pipe()
-    os.close(reader)
-    command = [sys.executable, "-m", "restem_lightning", "report", "--json", str(tmp_path)]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
-    os.close(writer)
-    assert done.returncode == 128 + signal.SIGPIPE
-    assert done.stderr == "restem report: stopped, the reader of its output is gone\n"
-
-
-def test_a_line_reaches_a_log_file_when_it_is_printed(tmp_path):
-    (tmp_path / "iteration_0").mkdir()
-    code = (
-        "import os\nfrom restem_lightning.cli import main\n"
-        f"main(['report', '--json', {str(tmp_path)!r}])\nos._exit(0)"  # as a kill: no flush
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert json.loads(done.stdout)[str(tmp_path)]["iterations"]
-
-
-def test_the_module_is_the_command():
-    command = [sys.executable, "-m", "restem_lightning", "--version"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{__version__}\n", "")
 
 
 def options_of(help_text):
