@@ -136,7 +136,8 @@ def volume(cli: Any, loop: Loop, preference: PreferenceParams) -> Volume:
     looks = math.ceil(max_epochs / every) if isinstance(every, float) else max_epochs
     learn = {"never": (), "last": (config.iterations,)}
     each = tuple(range(1, config.iterations + 1))
-    num_problems, most = len(loop.train), loop.draw.num_problems
+    most = cli.config_of(config.iterations).draw.num_problems  # the first may draw none, for SFT
+    num_problems = len(loop.train)
     return Volume(
         iterations=config.iterations,
         num_problems=num_problems if most is None else min(most, num_problems),

@@ -92,6 +92,13 @@ def test_a_plan_counts_the_problems_of_an_e_step_and_names_what_it_leaves_out(re
     assert rows["E-step"]["items"] == 6 * 4
     assert rows["M-step"]["items"] > 0
     assert plan["not_counted"] == ["balance", "mix", "trainer.max_epochs"]
+    later = ("--iterations", "2", "--per_iteration", '{"draw": {"num_problems": [0, 12]}}')
+    plan = planned(
+        restem,
+        *(words, "--plan.on", "h100", "--engine.device", "auto", "--mix.human", "all"),
+        *later,
+    )
+    assert plan["later"][0]["items"] == 12 * 4
 
 
 def test_mistakes_end_in_one_line(restem, plan_words):
