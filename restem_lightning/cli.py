@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from jsonargparse import ArgumentError
 
 from restem_lightning import __version__
+from restem_lightning.command_words import check_words
 from restem_lightning.errors import UserError
 
 VERBS = {
@@ -30,8 +31,8 @@ MODULES = {"fit": "fit", "compare": "compare", "plan": "plan.command"}
 
 # A place that cannot be written is for the user to mend; any other OSError is a fault of ours.
 UNWRITABLE = (
-    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EISDIR, errno.ENOSPC, errno.ENOTDIR,
-    errno.EPERM, errno.EROFS,
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EISDIR, errno.ENOSPC,
+    errno.ENOTDIR, errno.EPERM, errno.EROFS,
 )  # fmt: skip
 
 
@@ -43,16 +44,18 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if args is None else args)
     verb = words[0] if words else "--help"
-    if verb in ("-h", "--help", "--version"):
-        print(__version__ if verb == "--version" else _usage())
-        return
     _quiet_libraries()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a log file shows a line when it is printed
         sys.stdout.reconfigure(line_buffering=True)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a user's own classes lie beside their configs
     try:
-        _command(verb)(words[1:])
+        if verb in ("-h", "--help", "--version"):
+            print(__version__ if verb == "--version" else _usage())
+            return
+        command = _command(verb)
+        check_words(words[1:])
+        command(words[1:])
     except (UserError, ArgumentError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         print(f"restem {verb}: error: {' '.join(lines)}", file=sys.stderr)
@@ -72,10 +75,27 @@ def main(args: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(
+            f"restem {verb}: error: out of memory ({str(error).partition(chr(10))[0]}); lower "
+            "engine.max_batch_size, engine.cache_tokens or sampling.n if it was sampling, "
+            "data.tokens_per_micro_batch if it was training, and give the same command again",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except KeyboardInterrupt:
         again = "" if verb == "verify" else "; the same command goes on"
         print(f"\nrestem {verb}: stopped{again}", file=sys.stderr)
         sys.exit(130)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Returns whether Python or torch, on a GPU or a CPU, had no more memory to give."""
+    names = [kind.__name__ for kind in type(error).__mro__]  # torch need not be imported for this
+    text = "can't allocate memory"  # of torch's allocator for the CPU, torch 2.13
+    return isinstance(error, MemoryError) or "OutOfMemoryError" in names or text in str(error)
 
 
 def _usage() -> str:

@@ -3,14 +3,19 @@
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ActionYesNo, ArgumentParser
+from jsonargparse.typing import restricted_number_type
 
 from restem_lightning.errors import UserError
 from restem_lightning.problems import read_problems
 from restem_lightning.unknown_options import likely_meant
+
+# What a column of a pool can hold.
+Int64 = restricted_number_type("Int64", int, [(">=", -(2**63)), ("<", 2**63)])
 
 
 def sample(words: list[str]) -> None:
@@ -45,7 +50,7 @@ def sample(words: list[str]) -> None:
         "ADDRESS it draws one stored completion again: see `restem sample --replay --help`.",
     )
     parser.add_argument("--output", type=str, required=True, help="Folder for parts and accepted.")
-    parser.add_argument("--iteration", type=int, default=1, help="Part of the draws' address.")
+    parser.add_argument("--iteration", type=Int64, default=1, help="Part of the draws' address.")
     parser.add_class_arguments(SelectionParams, "selection")
     parser.add_class_arguments(EStepParams, "e_step")
     made = _parse(parser, words)
@@ -119,7 +124,8 @@ def _replay(words: list[str]) -> None:
         help="Folder of the policy that drew it; if not given, the run folder tells.",
     )
     parser.add_class_arguments(EngineParams, "engine")
-    made = _parse(parser, words)
+    is_asked = {"-h", "--help"} & set(words)  # also right behind --replay
+    made = _parse(parser, ["--help"] if is_asked else words)
     folder, stored = find_completion(made.replay)
     drawn_on = json.loads(stored.engine)
     known = drawn_on.keys() & vars(made.engine).keys()  # another version may have others
@@ -170,6 +176,8 @@ def verify(words: list[str]) -> None:
     help_text = "Seconds for one completion; the code verifier's own time_limit_s counts instead."
     parser.add_argument("--deadline_s", type=float, default=5.0, help=help_text)
     made = _parse(parser, words)
+    if Path(made.output).resolve() == Path(made.input).resolve():
+        raise UserError(f"output ({made.output}) must not be the input; give another file")
     counts = verify_file(
         verifier_spec(made.verifier),
         made.input,
@@ -194,6 +202,7 @@ def evaluate(words: list[str]) -> None:
         "evaluate",
         "--policy DIR --problems P.jsonl --n 16 --k 1,4,16",
         "Measures a policy on problems: greedy pass@1, pass@k and maj@k with 95 % intervals.",
+        without=("n", "temperature", "top_k", "top_p", "min_p"),
     )
     parser.add_argument(
         "--output",
@@ -300,19 +309,22 @@ def _parser(verb: str, words: str, description: str) -> ArgumentParser:
         usage=" ".join(["restem", verb, *words.split(), "[--OPTION VALUE ...]"]),
         description=description,
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options.")
     return parser
 
 
-def _sampling_parser(verb: str, words: str, description: str) -> ArgumentParser:
+def _sampling_parser(
+    verb: str, words: str, description: str, *, without: Sequence[str] = ()
+) -> ArgumentParser:
     from restem_lightning.settings import add_policy_settings, quiet_libraries
 
     quiet_libraries()
     parser = _parser(verb, words, description)
-    add_policy_settings(parser)
+    add_policy_settings(parser, without=without)
     parser.add_argument("--problems", type=str, required=True, help="JSONL file of problems.")
-    parser.add_argument("--seed", type=int, default=0, help="Part of the draws' address.")
+    parser.add_argument("--seed", type=Int64, default=0, help="Part of the draws' address.")
     return parser
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 from argparse import ArgumentTypeError
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,26 @@ VERIFIER_HELP = (
     f"Name ({', '.join(VERIFIERS)}), class path (package.module.Class or path/file.py:Class), or "
     "{class_path, init_args}."
 )
+
+
+class _VerifierSetting:
+    """The type of the setting `verifier`: as YAML gives it; on the command line a mapping is JSON.
+
+    jsonargparse's own type for mappings takes every `class_path` for a class it can import itself.
+    """
+
+    def __call__(self, value: str | dict[str, Any]) -> str | dict[str, Any]:
+        is_json = isinstance(value, str) and value.startswith("{")
+        try:
+            return json.loads(value) if is_json else value
+        except ValueError as error:
+            raise ArgumentTypeError(f"{value} is not JSON ({error})") from error
+
+    def __repr__(self) -> str:
+        return "str | dict"  # what --help shows
+
+
+verifier_setting = _VerifierSetting()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +78,13 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def add_policy_settings(parser: ArgumentParser) -> None:
-    """Adds what every verb that samples needs: policy, prompt, verifier, sampling, engine."""
+def add_policy_settings(parser: ArgumentParser, *, without: Iterable[str] = ()) -> None:
+    """Adds what every verb that samples needs: policy, prompt, verifier, sampling, engine.
+
+    Args:
+        parser: gets the options.
+        without: names of SamplingParams that the verb sets itself.
+    """
     parser.add_argument(
         "--policy",
         type=str,
@@ -76,13 +102,17 @@ def add_policy_settings(parser: ArgumentParser) -> None:
         help="How a problem is put to the policy: a class with `render(problem, tokenizer)`.",
     )
     parser.add_argument("--verifier", type=verifier_setting, default="math", help=VERIFIER_HELP)
-    parser.add_class_arguments(SamplingParams, "sampling")
+    parser.add_class_arguments(SamplingParams, "sampling", skip=set(without))
     parser.add_class_arguments(EngineParams, "engine")
     parser.add_class_arguments(VerificationParams, "verification")
 
 
-def resolve_policy(policy: str) -> str:
+def resolve_policy(policy: str, *, setting: str = "policy") -> str:
     """Returns the folder of a policy, fetching it from the hub if it names no folder.
+
+    Args:
+        policy: folder, hub id, or name of an embedded one.
+        setting: that names it, for the message.
 
     Raises:
         UserError: there is no such folder or repository, or it is not a whole policy.
@@ -101,23 +131,11 @@ def resolve_policy(policy: str) -> str:
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"policy ({policy}) is no folder, and the hub does not give it ({reason}); give "
+                f"{setting} ({policy}) is no folder, and the hub does not give it ({reason}); give "
                 "the path of a folder in Hugging Face layout"
             ) from error
     check_policy_folder(folder)
     return str(folder)
-
-
-def verifier_setting(value: str | dict[str, Any]) -> str | dict[str, Any]:
-    """Returns the setting `verifier` as YAML gives it; on the command line a mapping is JSON.
-
-    jsonargparse's own type for mappings takes every `class_path` for a class it can import itself.
-    """
-    is_json = isinstance(value, str) and value.startswith("{")
-    try:
-        return json.loads(value) if is_json else value
-    except ValueError as error:
-        raise ArgumentTypeError(f"{value} is not JSON ({error})") from error
 
 
 def open_verifiers(value: str | dict[str, Any], params: VerificationParams) -> VerifierPool:

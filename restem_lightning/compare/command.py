@@ -39,6 +39,8 @@ def compare(words: list[str]) -> None:
         raise UserError(f"control ({made.control}) must be one of {', '.join(made.arms)}")
     if BASE in made.arms:
         raise UserError(f"arms must not name one {BASE!r}: that row is always there; rename it")
+    if odd := [name for name in made.arms if Path(name).name != name]:
+        raise UserError(f"arms ({odd[0]!r}) must be a name of a folder; rename it")
     if made.jobs < 1 or not made.seeds or len(set(made.seeds)) < len(made.seeds):
         raise UserError(
             f"jobs ({made.jobs}) must be at least 1 and seeds ({made.seeds}) at least one, each "
@@ -85,6 +87,7 @@ def _parser() -> ArgumentParser:
         "table with 95 % intervals and paired tests. Resumable: finished runs are skipped. Arms "
         "that would draw the same samples share them.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options.")
     parser.add_argument(

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer
 from restem_lightning.errors import UserError
 from restem_lightning.loop.draw import DrawParams
 from restem_lightning.loop.quota import check_quota
+from restem_lightning.m_step.lora import check_peft
 from restem_lightning.m_step.stopping import stop_callbacks
 from restem_lightning.m_step.tensor_parallel import check_compile, check_split
 from restem_lightning.per_iteration import values_by_setting
@@ -15,6 +16,8 @@ from restem_lightning.settings import resolve_policy
 
 # What the loop gives each Trainer itself.
 OWN_TRAINER_SETTINGS = ("logger", "default_root_dir", "fast_dev_run")
+# With which at 0 an M-step would train nothing, or not look at D_val.
+NONZERO = ("max_epochs", "max_steps", "limit_train_batches", "val_check_interval")
 
 
 def iterations_that_differ(config: Any) -> range:
@@ -53,6 +56,11 @@ def check_settings(config: Any, made: Any, run: RunDir, iteration: int) -> None:
     for name in OWN_TRAINER_SETTINGS:
         if value := config.trainer[name]:
             raise UserError(f"trainer.{name} ({value}) is set by the loop; remove it")
+    for name in NONZERO:
+        if config.trainer[name] == 0:
+            raise UserError(f"trainer.{name} (0) leaves nothing to train or to look at; raise it")
+    if config.model.lora is not None:
+        check_peft()
     _check_parallel_sizes(config.trainer)
     if config.model.compile:
         check_compile(_tensor_parallel_size(config.trainer))
@@ -113,13 +121,13 @@ def check_policies(config: Any, base: str) -> None:
     """
     start = base
     if config.start_from not in ("base", "previous"):
-        start = resolve_policy(config.start_from)
+        start = resolve_policy(config.start_from, setting="start_from")
     if (size := _tensor_parallel_size(config.trainer)) > 1:
         check_split(start, size)
     vocabulary = AutoTokenizer.from_pretrained(base).get_vocab()
     for name in DrawParams(**config.draw.as_dict()).names():
         if name not in ("base", "previous"):
-            folder = resolve_policy(name)
+            folder = resolve_policy(name, setting="draw.policies")
             if AutoTokenizer.from_pretrained(folder).get_vocab() != vocabulary:
                 raise UserError(
                     f"draw.policies ({name}) must have the tokenizer of the policy ({base}): the "

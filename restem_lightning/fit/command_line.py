@@ -1,7 +1,9 @@
 """LightningCLI for the loop: every setting, and the objects of an iteration."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -81,27 +83,7 @@ class ReSTEMCLI(LightningCLI):
             "{threshold: [0.0, 0.7, 0.8]}}; or growth: {trainer: {max_steps: {first: 40, times: "
             "1.2}}}, {first: 300, plus: 20}. A later config replaces all of it.",
         )
-        parser.add_argument(
-            "--problems.task",
-            type=str | None,
-            default=None,
-            help="Task of every problem source that has a `task` and leaves it null.",
-        )
-        parser.add_argument(
-            "--problems.train", type=ProblemSource, required=True, help="Problems of the E-step."
-        )
-        parser.add_argument(
-            "--problems.validation",
-            type=ProblemSource | None,
-            default=None,
-            help="D_val, whose reward ends an M-step; needed unless stop.rule is none.",
-        )
-        parser.add_argument(
-            "--problems.held_out",
-            type=dict[str, ProblemSource],
-            default={},
-            help="Evaluation sets by name; each iteration is measured on all of them.",
-        )
+        _add_problems(parser)
         parser.add_argument(
             "--walltime_reserve_s",
             type=float,
@@ -136,6 +118,8 @@ class ReSTEMCLI(LightningCLI):
         """Parses, and hands `problems.task` to the sources that wait for it."""
         with likely_meant(parser):
             super().parse_arguments(parser, args)
+        if not 0 <= (seed := self.config.seed_everything) < 2**32:
+            raise UserError(f"seed_everything ({seed}) must lie from 0 to {2**32 - 1}; change it")
         problems = self.config.problems
         for source in (problems.train, problems.validation, *problems.held_out.values()):
             made = source.init_args if source is not None and "init_args" in source else {}
@@ -186,14 +170,47 @@ class ReSTEMCLI(LightningCLI):
             UserError: Lightning takes no such trainer, or not where this runs.
         """
         self.config_init = made
-        callbacks = [*(made.trainer.callbacks or []), *changes.pop("callbacks")]
+        given = made.trainer.callbacks or []
+        callbacks = [*(given if isinstance(given, list) else [given]), *changes.pop("callbacks")]
         try:
             trainer = self.instantiate_trainer(callbacks=callbacks, **changes)
-        except (RuntimeError, ValueError) as error:  # what SLURM's variables say does not fit
+        except (RuntimeError, TypeError, ValueError) as error:  # devices, SLURM's variables, ...
             raise UserError(f"trainer: {error}") from error
+        if bar := trainer.progress_bar_callback:
+            bar.get_metrics = partial(_shown_metrics, bar.get_metrics)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # no plugin of the user's
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
+
+
+def _shown_metrics(metrics: Callable[..., dict[str, Any]], *of: Any) -> dict[str, Any]:
+    """Returns what a progress bar shows, without Lightning's count of CSV files of one M-step."""
+    return {name: value for name, value in metrics(*of).items() if name != "v_num"}
+
+
+def _add_problems(parser: Any) -> None:
+    """Adds where the problems of each set are from."""
+    parser.add_argument(
+        "--problems.task",
+        type=str | None,
+        default=None,
+        help="Task of every problem source that has a `task` and leaves it null.",
+    )
+    parser.add_argument(
+        "--problems.train", type=ProblemSource, required=True, help="Problems of the E-step."
+    )
+    parser.add_argument(
+        "--problems.validation",
+        type=ProblemSource | None,
+        default=None,
+        help="D_val, whose reward ends an M-step; needed unless stop.rule is none.",
+    )
+    parser.add_argument(
+        "--problems.held_out",
+        type=dict[str, ProblemSource],
+        default={},
+        help="Evaluation sets by name; each iteration is measured on all of them.",
+    )
 
 
 def make_cli(
@@ -224,6 +241,7 @@ def make_cli(
             "usage": f"restem {verb} --config A.yaml [--config B.yaml ...] [--OPTION VALUE ...]",
             "description": DESCRIPTIONS[verb],
             "exit_on_error": False,
+            "allow_abbrev": False,
         },
         trainer_defaults={
             "max_epochs": 4,

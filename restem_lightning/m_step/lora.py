@@ -3,6 +3,7 @@
 import math
 import zlib
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,18 @@ class LoraParams:
     seed: int = 0
 
 
+def check_peft() -> None:
+    """Does nothing if peft is installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    if find_spec("peft") is None:
+        raise UserError(
+            "model.lora needs peft; pip install 'restem-lightning[lora]', or set it to null"
+        )
+
+
 def add_adapters(model: PreTrainedModel, params: LoraParams) -> None:
     """Puts adapters into the model in place and freezes all else; their values come later.
 
@@ -43,12 +56,9 @@ def add_adapters(model: PreTrainedModel, params: LoraParams) -> None:
     """
     if params.r < 1:
         raise UserError(f"lora.r ({params.r}) must be at least 1; raise it")
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise UserError(
-            "model.lora needs peft; pip install 'restem-lightning[lora]', or set it to null"
-        ) from None
+    check_peft()
+    from peft import LoraConfig, inject_adapter_in_model
+
     config = LoraConfig(
         r=params.r,
         lora_alpha=params.alpha,

@@ -13,9 +13,17 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from restem_lightning.errors import UserError
-from restem_lightning.fit import ReSTEMCLI, check_settings, load_problems, make_cli, make_loop
+from restem_lightning.fit import (
+    ReSTEMCLI,
+    check_settings,
+    iterations_that_differ,
+    load_problems,
+    make_cli,
+    make_loop,
+)
 from restem_lightning.loop.callback import VALIDATION_CACHE_TOKENS
 from restem_lightning.loop.learned import PreferenceParams
+from restem_lightning.loop.mixing import MixParams
 from restem_lightning.loop.shared import Loop
 from restem_lightning.loop.stop_request import StopRequest
 from restem_lightning.loop.tracking import Tracker, TrackingParams
@@ -103,6 +111,7 @@ def opened(cli: Any, *, needs_weights: bool) -> Iterator[tuple[Loop, Any]]:
         base = resolve_policy(base)
     with tempfile.TemporaryDirectory() as name:
         run = RunDir(name)
+        iterations_that_differ(cli.config)  # checks their number
         check_settings(cli.config_of(1), made, run, 1)
         with open_verifiers(cli.config.verifier, made.verification) as verifiers:
             problems = load_problems(made, verifiers)
@@ -122,14 +131,16 @@ def volume(cli: Any, loop: Loop, preference: PreferenceParams) -> Volume:
     completions = {kind: params.n * num_held_out for kind, params in stages.items()}
     if loop.validation:
         completions["validation"] = len(loop.validation) * loop.validation_sampling.n
-    max_epochs = config.trainer.max_epochs or 1
+    max_epochs = max(1, config.trainer.max_epochs or 1)  # -1 is without an end
     every = config.trainer.val_check_interval or 1.0
     looks = math.ceil(max_epochs / every) if isinstance(every, float) else max_epochs
     learn = {"never": (), "last": (config.iterations,)}
     each = tuple(range(1, config.iterations + 1))
+    most = cli.config_of(config.iterations).draw.num_problems  # the first may draw none, for SFT
+    num_problems = len(loop.train)
     return Volume(
         iterations=config.iterations,
-        num_problems=len(loop.train),
+        num_problems=num_problems if most is None else min(most, num_problems),
         n=loop.sampling.n,
         max_per_problem=loop.selection.max_per_problem,
         max_epochs=max_epochs,
@@ -139,7 +150,24 @@ def volume(cli: Any, loop: Loop, preference: PreferenceParams) -> Volume:
         verifiers=learn.get(preference.learn, each),
         max_pairs_per_problem=preference.max_pairs_per_problem,
         pair_epochs=preference.max_epochs,
+        not_counted=_not_counted(config, loop),
     )
+
+
+def _not_counted(config: Any, loop: Loop) -> tuple[str, ...]:
+    """Returns the settings in use that add or save what no count of a plan holds."""
+    in_use = {
+        "balance": loop.balance.is_on(),
+        "draw.policies": loop.draw.names() != ["previous"],
+        "draw.reuse_pool": loop.draw.reuse_pool,
+        "e_step.stop_at_quota": loop.e_step.stop_at_quota,
+        "hint": loop.hint is not None,
+        "mix": loop.mix != MixParams(),
+        "per_iteration": bool(config.per_iteration),
+        "trainer.max_epochs": config.trainer.max_epochs == -1,
+        "trainer.max_steps": config.trainer.max_steps != -1,
+    }
+    return tuple(name for name, is_used in in_use.items() if is_used)
 
 
 def _devices_of_a_node(devices: Any) -> int:

@@ -42,6 +42,7 @@ class Volume:
         verifiers: the iterations after which a verifier is learned.
         max_pairs_per_problem: most pairs that it learns from, None for all.
         pair_epochs: passes of its training over the pairs.
+        not_counted: settings in use that add or save what these counts do not hold.
     """
 
     iterations: int
@@ -55,6 +56,7 @@ class Volume:
     verifiers: tuple[int, ...] = ()
     max_pairs_per_problem: int | None = None
     pair_epochs: int = 1
+    not_counted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +179,7 @@ class Plan(NamedTuple):
             waits for selection.
         memory_bytes: of one rank at the most.
         origin: of the rates.
+        not_counted: of `Volume`.
     """
 
     base: list[Row]
@@ -191,6 +194,7 @@ class Plan(NamedTuple):
     transient_bytes: float
     memory_bytes: float
     origin: str
+    not_counted: tuple[str, ...]
 
 
 def make_plan(volume: Volume, rates: Rates) -> Plan:
@@ -222,6 +226,7 @@ def make_plan(volume: Volume, rates: Rates) -> Plan:
         transient_bytes=_transient_bytes(volume, rates),
         memory_bytes=rates.memory_bytes,
         origin=rates.origin,
+        not_counted=volume.not_counted,
     )
 
 
@@ -336,6 +341,10 @@ def shown(plan: Plan) -> str:
             f"{_size(plan.transient_bytes)} (checkpoints and token ids of an M-step)",
             f"memory    {_size(plan.memory_bytes)} a rank at the most",
             f"rates     {plan.origin}",
+            *(
+                [f"without   what {', '.join(plan.not_counted)} add or save"]
+                * bool(plan.not_counted)
+            ),
             "M-steps that stop early take less; better policies give more completions to train on.",
         ]
     )

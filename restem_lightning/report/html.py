@@ -153,9 +153,15 @@ def _iterations(run: RunDir) -> list[dict[str, Any]]:
         paths = run.iteration(number)
         entry = {"iteration": number, "finished": paths.manifest.exists()}
         for name, path in (("metrics", paths.metrics), ("funnel", paths.funnel)):
-            entry[name] = read_json(path) if path.exists() else None
+            entry[name] = _mapping(path) if path.exists() else None
         entries.append(entry)
     return entries
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    if not isinstance(content := read_json(path), dict):
+        raise UserError(f"{path} must hold a JSON object, as a run writes it; restore or delete it")
+    return content
 
 
 def _evaluation_sets(iterations: Any) -> list[str]:
@@ -172,7 +178,8 @@ def _metric_names(iterations: Any, evaluation_set: str) -> list[str]:
     """Returns greedy_pass@1, then pass@k by k, then maj@k and best@k by k."""
     names = set(chain.from_iterable(_evaluation(entry, evaluation_set) for entry in iterations))
     kinds = ("greedy_pass", "pass", "maj", "best")
-    known = [name for name in names if name.split("@")[0] in kinds and "@" in name]
+    parts = {name: name.partition("@") for name in names}
+    known = [name for name, (kind, _, k) in parts.items() if kind in kinds and k.isdecimal()]
     return sorted(known, key=lambda name: (kinds.index(name.split("@")[0]), _k(name)))
 
 

@@ -172,3 +172,9 @@ def test_the_table_names_every_figure_with_its_unit():
         "by hand",
     ):
         assert part in text
+
+
+def test_the_table_says_what_it_does_not_count():
+    assert "without" not in shown(make_plan(volume(), rates()))
+    text = shown(make_plan(volume(not_counted=("hint", "mix")), rates()))
+    assert "without   what hint, mix add or save" in text

@@ -81,12 +81,33 @@ def test_on_paper_nothing_runs_and_more_devices_take_less_time(restem, plan_word
     assert one["memory_bytes"] < DEVICES["h100"].memory_bytes
 
 
+def test_a_plan_counts_the_problems_of_an_e_step_and_names_what_it_leaves_out(restem, plan_words):
+    words, _ = plan_words
+    plan = planned(
+        restem,
+        *(words, "--plan.on", "h100", "--engine.device", "auto", "--draw.num_problems", "6"),
+        *("--mix.human", "all", "--balance.temperatures", "[0.5]", "--trainer.max_epochs", "-1"),
+    )
+    rows = {row["stage"]: row for row in plan["first"]}
+    assert rows["E-step"]["items"] == 6 * 4
+    assert rows["M-step"]["items"] > 0
+    assert plan["not_counted"] == ["balance", "mix", "trainer.max_epochs"]
+    later = ("--iterations", "2", "--per_iteration", '{"draw": {"num_problems": [0, 12]}}')
+    plan = planned(
+        restem,
+        *(words, "--plan.on", "h100", "--engine.device", "auto", "--mix.human", "all"),
+        *later,
+    )
+    assert plan["later"][0]["items"] == 12 * 4
+
+
 def test_mistakes_end_in_one_line(restem, plan_words):
     words, _ = plan_words
     for more, expected in (
         (("--plan.seconds", "0"), "plan.seconds (0.0) must be above 0"),
         (("--plan.on", "tpu"), "plan.on"),
         (("--sampling.n", "0"), "n (0) must be at least 1"),
+        (("--iterations", "0"), "iterations (0) must be at least 1"),
     ):
         result = restem("plan", *words, *more)
         assert result.code == 2

@@ -220,3 +220,18 @@ def test_the_iteration_table_has_a_row_per_set_if_there_are_several(tmp_path):
     table = iteration_table(run.path)
     assert "set" in table.splitlines()[0].split()
     assert re.search(r"1 +train +- +70\.0 \[65\.0, 75\.0\] +- +-", table)
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"iteration": 0, "eval'])
+def test_metrics_that_no_run_has_written_are_a_user_error(content, tmp_path):
+    run = make_run(tmp_path / "run")
+    run.iteration(1).metrics.write_text(content)
+    with pytest.raises(UserError, match=r"iteration_1/metrics.json must"):
+        iteration_table(run.path)
+
+
+def test_rates_of_another_kind_are_left_out(tmp_path):
+    run = make_run(tmp_path / "run")
+    evaluation = {"pass@all": estimate(0.5), "pass@1": estimate(0.5)}
+    write_json(run.iteration(1).metrics, {"evaluation": {"held_out": evaluation}})
+    assert "pass@all" not in write_report([run.path], tmp_path / "r.html").read_text()
