@@ -1,6 +1,7 @@
 import math
 import random
 import time
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 
@@ -411,6 +412,19 @@ def test_the_accepted_dataset_survives_the_file(tmp_path):
     (found,) = iter_accepted(tmp_path / "accepted.parquet")
     assert found.equals(accepted)
     assert found.schema.metadata == accepted.schema.metadata
+
+
+def test_no_flipped_bit_is_read_as_another_accepted_dataset(tmp_path):
+    path = tmp_path / "accepted.parquet"
+    write_accepted(path, [chosen_by(to_table(pool())).accepted])
+    whole, content = list(iter_accepted(path)), path.read_bytes()
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")  # its names have no sum
+    for bit in range(0, footer * 8, 13):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with suppress(UserError):
+            assert list(iter_accepted(path)) == whole
 
 
 def test_a_damaged_accepted_dataset_is_a_user_error(tmp_path):

@@ -134,7 +134,7 @@ def _paths(accepted: str | Path) -> tuple[Path, Path]:
 
 
 def _batches(accepted: str | Path) -> Iterator[pa.RecordBatch]:
-    with _read_errors(accepted), pq.ParquetFile(accepted) as file:
+    with _read_errors(accepted), pq.ParquetFile(accepted, page_checksum_verification=True) as file:
         for number in range(file.num_row_groups):  # one reader over all keeps what it has read
             for batch in file.iter_batches(BATCH_ROWS, row_groups=[number], columns=_COLUMNS):
                 if batch.num_rows:
@@ -146,7 +146,7 @@ def _read_errors(accepted: str | Path) -> Iterator[None]:
     """Turns what a damaged file raises into a UserError with the remedy."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"accepted ({accepted}) is damaged ({str(error).splitlines()[0]}); delete it and give "
             "the same command again: it is selected anew from the pool"

@@ -94,12 +94,12 @@ class EngineParams:
             raise UserError(
                 f"engine.device is {self.device}, but torch sees no GPU here; set it to cpu"
             )
-        for name, least in (
-            ("max_batch_size", 0), ("prefill_tokens", 0), ("cache_tokens", 0), ("threads", 0),
-            ("block_size", 1),
+        for name, least, most in (
+            ("max_batch_size", 0, 2**31), ("prefill_tokens", 0, 2**31),
+            ("cache_tokens", 0, 2**40), ("threads", 0, 1024), ("block_size", 1, 2**20),
         ):  # fmt: skip
-            if getattr(self, name) < least:
-                raise UserError(f"engine.{name} ({getattr(self, name)}) must be at least {least}")
+            if not least <= (value := getattr(self, name)) <= most:
+                raise UserError(f"engine.{name} ({value}) must be from {least} to {most}")
         self._check_kernels()
 
     def _check_kernels(self) -> None:

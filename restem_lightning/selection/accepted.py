@@ -61,12 +61,12 @@ def end_with_eos(
 def write_accepted(path: str | Path, tables: Iterable[pa.Table]) -> int:
     """Writes an accepted dataset atomically, piece by piece, and returns its number of rows.
 
-    The same rows give the same bytes, however they are cut into tables.
+    The same rows give the same bytes, however they are cut into tables. Each page has a checksum.
     """
-    num_rows = 0
+    num_rows, options = 0, {"compression": "zstd", "write_page_checksum": True}
     with (
         atomic_path(path) as temporary,
-        pq.ParquetWriter(temporary, ACCEPTED_SCHEMA, compression="zstd") as writer,
+        pq.ParquetWriter(temporary, ACCEPTED_SCHEMA, **options) as writer,
     ):
         for group in _row_groups(tables):
             writer.write_table(group)
@@ -94,7 +94,7 @@ def iter_accepted(path: str | Path) -> Iterator[pa.Table]:
         UserError: the file is missing, damaged or of another schema version.
     """
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             schema = file.schema_arrow
             version = (schema.metadata or {}).get(b"schema_version", b"none").decode()
             if version != str(SCHEMA_VERSION) or not schema.equals(ACCEPTED_SCHEMA):
@@ -104,7 +104,7 @@ def iter_accepted(path: str | Path) -> Iterator[pa.Table]:
                 )
             for number in range(file.num_row_groups):
                 yield file.read_row_group(number)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} is missing or damaged ({str(error).splitlines()[0]}); {_ANEW}"
         ) from error

@@ -284,10 +284,11 @@ def test_a_changed_weight_changes_the_checksum_and_order_does_not(make_policy, m
     [
         ({"dtype": "float16"}, r"engine\.dtype \(float16\) must be one of auto, float32, bfloat16"),
         ({"batch_invariant": "yes"}, r"engine\.batch_invariant \(yes\)"),
-        ({"max_batch_size": -1}, r"engine\.max_batch_size \(-1\) must be at least 0"),
-        ({"cache_tokens": -1}, r"engine\.cache_tokens \(-1\) must be at least 0"),
+        ({"max_batch_size": -1}, r"engine\.max_batch_size \(-1\) must be from 0"),
+        ({"cache_tokens": -1}, r"engine\.cache_tokens \(-1\) must be from 0"),
+        ({"threads": 1_000_000}, r"engine\.threads \(1000000\) must be from 0 to 1024"),
         ({"kernels": "cuda"}, r"engine\.kernels \(cuda\) must be one of auto, c, torch, triton"),
-        ({"block_size": 0}, r"engine\.block_size \(0\) must be at least 1"),
+        ({"block_size": 0}, r"engine\.block_size \(0\) must be from 1"),
         (
             {"device": "cpu", "kernels": "triton", "block_size": 12},
             r"engine\.block_size \(12\) must be 8, 16, 32",
