@@ -4,7 +4,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -89,14 +89,16 @@ def _stopping(run: RunDir, stop: StopRequest, *, command: str) -> Iterator[None]
     except (Stopped, KeyboardInterrupt, SystemExit) as error:  # Lightning exits at an interrupt
         if stop.signum is None and not isinstance(error, Stopped):
             raise
+        if isinstance(error, Stopped):
+            try:
+                leave_together(stop.is_leaving)
+            except LostRank as lost:  # behind its vote; of its launcher's SIGTERM this one stops
+                _leave_alone(run, lost, command=command)
         if rank_zero_only.rank == 0:
             print(
                 f"\nrestem fit: stopped by {stop.reason}; {_saved(run)}; go on with: {command}",
                 file=sys.stderr,
             )
-        if isinstance(error, Stopped):
-            with suppress(LostRank):  # what there is to say has been said
-                leave_together(stop.is_leaving)
         is_ours = isinstance(error, Stopped) or rank_zero_only.rank == 0
         sys.exit(stop.status if is_ours else LEFT_STATUS)
     except BaseException as error:  # torch's error of a checkpoint is no Exception

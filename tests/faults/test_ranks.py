@@ -51,6 +51,29 @@ def test_rank_zero_lost_while_the_report_is_written_is_said_by_another(begun, fi
     assert f"rank 0 (node {platform.node()}) was lost; {run.path} keeps 1 finished" in line
 
 
+def test_a_rank_killed_behind_its_vote_to_stop_is_said_too(fit_words, tmp_path):
+    run = RunDir(tmp_path / "run")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal, sys\n"
+        "from restem_lightning.cli import main\n"
+        "from restem_lightning.fit import run\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    run.leave_together = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "main(sys.argv[1:])\n"
+    )
+    changes = {"trainer.strategy": json.dumps(FSDP), "trainer.devices": 2}
+    launched = launch(fit_words(run.path, **SETTINGS, **changes), (str(program),))
+    end = time.monotonic() + 120
+    while not any(run.iteration(1).completions.glob("part-*.json")) and time.monotonic() < end:
+        time.sleep(0.01)
+    launched.terminate()
+    err = launched.communicate(timeout=120)[1]
+    (line,) = [line for line in err.splitlines() if line.startswith("restem fit: ")]
+    assert f"rank 1 (node {platform.node()}) was lost; {run.path} keeps 0 finished" in line
+    assert "go on with: restem fit" in line
+
+
 def test_disks_that_ranks_do_not_share_are_refused_before_anything_is_drawn(fit_words, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
