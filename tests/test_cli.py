@@ -347,7 +347,7 @@ def test_a_device_that_does_not_exist_is_one_line(restem, problems):
 
 def test_more_memory_than_there_is_is_one_line(restem, problems, tmp_path):
     words = ["--problems", problems, "--output", tmp_path / "out", *SMALL]
-    line = restem("sample", *words, "--engine.cache_tokens", 10**14)
+    line = restem("sample", *words, "--engine.cache_tokens", 10**12)
     check_line(line, ["out of memory", "engine.cache_tokens"], "sample")
 
 

@@ -38,7 +38,7 @@ class SamplingParams:
         for name, least in (("n", 1), ("max_new_tokens", 1), ("top_k", 0), ("temperature", 0)):
             value = getattr(self, name)
             if not least <= value < 2**31:  # nor is it nan
-                raise UserError(f"sampling.{name} ({value}) must be {least} or more, below 2**31")
+                raise UserError(f"sampling.{name} ({value}) must be at least {least}, below 2**31")
         if not 0 < self.top_p <= 1:
             raise UserError(f"sampling.top_p ({self.top_p}) must be above 0 and at most 1")
         if not 0 <= self.min_p < 1:

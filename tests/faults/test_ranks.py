@@ -59,6 +59,7 @@ def test_a_rank_killed_behind_its_vote_to_stop_is_said_too(fit_words, tmp_path):
         "from restem_lightning.cli import main\n"
         "from restem_lightning.fit import run\n"
         "if os.environ['RANK'] == '1':\n"
+        "    run.StopRequest.is_leaving = lambda _: False  # it is killed, not told to leave\n"
         "    run.leave_together = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "main(sys.argv[1:])\n"
     )

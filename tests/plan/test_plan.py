@@ -106,7 +106,7 @@ def test_mistakes_end_in_one_line(restem, plan_words):
     for more, expected in (
         (("--plan.seconds", "0"), "plan.seconds (0.0) must be above 0"),
         (("--plan.on", "tpu"), "plan.on"),
-        (("--sampling.n", "0"), "n (0) must be 1 or more"),
+        (("--sampling.n", "0"), "n (0) must be at least 1"),
         (("--iterations", "0"), "iterations (0) must be at least 1"),
     ):
         result = restem("plan", *words, *more)
