@@ -82,8 +82,7 @@ def sample(words: list[str]) -> None:
 def _draw_sample(made: Any, store: Any) -> tuple[int, ...]:
     """Fills a store; returns the policy's EOS ids and leaves nothing of it in memory."""
     from restem_lightning.loop.e_step import fill_store, prepare_problems
-    from restem_lightning.loop.stage import eos_ids
-    from restem_lightning.settings import resolve_policy
+    from restem_lightning.loop.stage import written_first
 
     with _verifiers(made) as verifiers:
         problems = prepare_problems(
@@ -92,7 +91,8 @@ def _draw_sample(made: Any, store: Any) -> tuple[int, ...]:
         stage = _stage(made, verifiers, made.iteration)
         quota = made.selection if made.e_step.stop_at_quota else None
         fill_store(store, problems, stage, e_step=made.e_step, quota=quota, show="sample")
-        return eos_ids(resolve_policy(made.policy), stage.template)
+        policy = stage.policy
+        return written_first(policy.sampler.eos_ids, stage.template, policy.tokenizer)
 
 
 def _replay(words: list[str]) -> None:

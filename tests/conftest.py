@@ -44,6 +44,15 @@ class Result:
     err: str
 
 
+def check_line(result: Result, named: list[str], verb: str = "fit") -> None:
+    """Asserts that a command ended with one line that names what is wrong."""
+    assert result.code == 2
+    assert result.err.count("\n") == 1, result.err
+    assert result.err.startswith(f"restem {verb}: error: ")
+    for name in named:
+        assert name in result.err
+
+
 @pytest.fixture(scope="session")
 def restem() -> Callable[..., Result]:
     """Runs the command line in this process."""

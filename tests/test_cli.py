@@ -11,6 +11,7 @@ from restem_lightning.completion_store import CompletionStore
 from restem_lightning.problems import WordProblems, write_problems
 from restem_lightning.run_dir import RunDir, read_json
 from restem_lightning.settings import EMBEDDED_POLICY
+from tests.conftest import check_line
 
 JSONL = "restem_lightning.problems.JsonlProblems"
 SMALL = (
@@ -241,14 +242,6 @@ def refusals():
 def test_a_mistake_in_the_settings_is_one_line(changes, named, restem, fit_words, tmp_path):
     result = restem(*fit_words(tmp_path / "run", **changes))
     check_line(result, named)
-
-
-def check_line(result, named, verb="fit"):
-    assert result.code == 2
-    assert result.err.count("\n") == 1, result.err
-    assert result.err.startswith(f"restem {verb}: error: ")
-    for name in named:
-        assert name in result.err
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -72,12 +72,27 @@ def eos_ids(folder: str, template: PromptTemplate) -> tuple[int, ...]:
     except OSError:  # there is no generation_config.json
         eos = AutoConfig.from_pretrained(folder).eos_token_id
     ids = [eos] if isinstance(eos, int) else eos or []
-    if hasattr(template, "end_of_turn"):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        end = tokenizer.encode(template.end_of_turn(tokenizer), add_special_tokens=False)
-        last = next((one for one in end if one in ids), None)
-        ids = sorted(ids, key=lambda one: one != last)
-    return tuple(ids)
+    tokenizer = AutoTokenizer.from_pretrained(folder) if _ends_turns(template) else None
+    return written_first(ids, template, tokenizer)
+
+
+def written_first(ids: Sequence[int], template: PromptTemplate, tokenizer: Any) -> tuple[int, ...]:
+    """Returns EOS ids, the one that the chat template ends a turn with before the others.
+
+    Args:
+        ids: as the policy has them.
+        template: one without `end_of_turn` leaves their order as it is.
+        tokenizer: the policy's.
+    """
+    if not _ends_turns(template):
+        return tuple(ids)
+    end = tokenizer.encode(template.end_of_turn(tokenizer), add_special_tokens=False)
+    last = next((one for one in end if one in ids), None)
+    return tuple(sorted(ids, key=lambda one: one != last))
+
+
+def _ends_turns(template: PromptTemplate) -> bool:
+    return hasattr(template, "end_of_turn")
 
 
 def engine_record(engine: EngineParams) -> dict[str, Any]:

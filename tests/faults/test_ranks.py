@@ -17,12 +17,21 @@ FSDP = {
     "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
     "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
 }
+TWO_RANKS = {"trainer.strategy": json.dumps(FSDP), "trainer.devices": 2}
 
 
 def launch(words, program=("-m", "restem_lightning")):
     return subprocess.Popen(
         **torchrun(2, *program, *words), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
+
+
+def launch_changed(words, folder, *lines):
+    """Starts two ranks whose program has lines of its own before it runs the command."""
+    program = folder / "program.py"
+    imports = "import os, signal, sys", "from restem_lightning.cli import main"
+    program.write_text("\n".join([*imports, *lines, "main(sys.argv[1:])", ""]))
+    return launch(words, (str(program),))
 
 
 def kill_last_rank(launched):
@@ -35,16 +44,12 @@ def kill_last_rank(launched):
 
 def test_rank_zero_lost_while_the_report_is_written_is_said_by_another(begun, fit_words, tmp_path):
     run = begun(tmp_path, "m_step")
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import os, signal, sys\n"
-        "from restem_lightning.cli import main\n"
-        "from restem_lightning.fit import run\n"
-        "run.write_report = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "main(sys.argv[1:])\n"
+    launched = launch_changed(
+        fit_words(run.path, **SETTINGS, **TWO_RANKS),
+        tmp_path,
+        "from restem_lightning.fit import run",
+        "run.write_report = lambda *_: os.kill(os.getpid(), signal.SIGKILL)",
     )
-    changes = {"trainer.strategy": json.dumps(FSDP), "trainer.devices": 2}
-    launched = launch(fit_words(run.path, **SETTINGS, **changes), (str(program),))
     err = launched.communicate(timeout=120)[1]
     assert launched.returncode != 0
     (line,) = [line for line in err.splitlines() if line.startswith("restem fit: rank")]
@@ -53,18 +58,14 @@ def test_rank_zero_lost_while_the_report_is_written_is_said_by_another(begun, fi
 
 def test_a_rank_killed_behind_its_vote_to_stop_is_said_too(fit_words, tmp_path):
     run = RunDir(tmp_path / "run")
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import os, signal, sys\n"
-        "from restem_lightning.cli import main\n"
-        "from restem_lightning.fit import run\n"
-        "if os.environ['RANK'] == '1':\n"
-        "    run.StopRequest.is_leaving = lambda _: False  # it is killed, not told to leave\n"
-        "    run.leave_together = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "main(sys.argv[1:])\n"
+    launched = launch_changed(
+        fit_words(run.path, **SETTINGS, **TWO_RANKS),
+        tmp_path,
+        "from restem_lightning.fit import run",
+        "if os.environ['RANK'] == '1':",
+        "    run.StopRequest.is_leaving = lambda _: False  # it is killed, not told to leave",
+        "    run.leave_together = lambda *_: os.kill(os.getpid(), signal.SIGKILL)",
     )
-    changes = {"trainer.strategy": json.dumps(FSDP), "trainer.devices": 2}
-    launched = launch(fit_words(run.path, **SETTINGS, **changes), (str(program),))
     end = time.monotonic() + 120
     while not any(run.iteration(1).completions.glob("part-*.json")) and time.monotonic() < end:
         time.sleep(0.01)
@@ -76,19 +77,15 @@ def test_a_rank_killed_behind_its_vote_to_stop_is_said_too(fit_words, tmp_path):
 
 
 def test_disks_that_ranks_do_not_share_are_refused_before_anything_is_drawn(fit_words, tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import os, sys\n"
-        "from restem_lightning.cli import main\n"
-        "from restem_lightning.loop import ranks\n"
-        "ranks.SEEN_WITHIN_S = 1.0\n"
-        f"folder = '{tmp_path}/' + os.environ['RANK']\n"
-        "os.mkdir(folder)\n"
-        "os.chdir(folder)\n"
-        "main(sys.argv[1:])\n"
+    launched = launch_changed(
+        fit_words(Path("run"), **SETTINGS, **TWO_RANKS),
+        tmp_path,
+        "from restem_lightning.loop import ranks",
+        "ranks.SEEN_WITHIN_S = 1.0",
+        f"folder = '{tmp_path}/' + os.environ['RANK']",
+        "os.mkdir(folder)",
+        "os.chdir(folder)",
     )
-    changes = {"trainer.strategy": json.dumps(FSDP), "trainer.devices": 2}
-    launched = launch(fit_words(Path("run"), **SETTINGS, **changes), (str(program),))
     err = launched.communicate(timeout=120)[1]
     assert launched.returncode != 0
     (line,) = [line for line in err.splitlines() if line.startswith("restem fit: error")]
@@ -99,8 +96,7 @@ def test_disks_that_ranks_do_not_share_are_refused_before_anything_is_drawn(fit_
 
 def test_a_killed_rank_is_said_in_one_line_and_the_same_command_goes_on(whole, fit_words, tmp_path):
     run = RunDir(tmp_path / "run")
-    changes = {"trainer.strategy": json.dumps(FSDP), "trainer.devices": 2}
-    words = fit_words(run.path, **SETTINGS, **changes)
+    words = fit_words(run.path, **SETTINGS, **TWO_RANKS)
     paths = run.iteration(1)
     moments = [
         (paths.completions, "part-*.json", "E-step of iteration 1"),
